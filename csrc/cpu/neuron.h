@@ -1,0 +1,93 @@
+// Spiking neurons (LIF, IF, PLIF) over T timesteps of M columns: declarations.
+//
+// The formula's home is `neuron` in src/atsnn/reference.py:
+//   charge   integrate:  u = v + x
+//            decay:      u = v + (x - (v - v_reset)) / tau
+//            no decay:   u = v - (v - v_reset) / tau + x
+//   fire     s = 1 if u >= v_threshold else 0
+//   reset    hard: v = v_reset where s, else u        soft: v = u - s * v_threshold
+// Each operation is rounded once, in this order, so every level gives the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "storage.h"
+
+namespace atsnn {
+
+enum class Charge { integrate, decay, no_decay };
+
+enum class Surrogate {
+  sigmoid,
+  atan,
+  piecewise_quadratic,
+  piecewise_exp,
+  soft_sign,
+  super_spike,
+  erf,
+};
+
+struct NeuronParams {
+  Charge charge;
+  bool multiply;  // `factor` is 1/tau and is multiplied by; otherwise it is tau and divided by
+  double factor;
+  double v_threshold;
+  double v_reset;   // 0 under a soft reset
+  bool hard_reset;
+  bool detach_reset;
+  Surrogate surrogate;
+  double alpha;
+};
+
+template <class S>
+struct NeuronForward {
+  const S* x;                     // [T, M], rows `x_stride` apart (0: the same input at each step)
+  int64_t x_stride;
+  const arithmetic_t<S>* v_init;  // [M], or null: v_reset
+  S* spikes;                      // [T, M]
+  arithmetic_t<S>* v_final;       // [M]
+  int64_t T, M;
+};
+
+template <class S>
+struct NeuronBackward {
+  const S* x;                       // [T, M], rows `x_stride` apart
+  int64_t x_stride;
+  const arithmetic_t<S>* v_init;    // [M], or null: v_reset
+  const S* grad_spikes;             // [T, M], rows `grad_stride` apart, or null: zero
+  int64_t grad_stride;
+  const arithmetic_t<S>* grad_v;    // [M], or null: zero
+  S* grad_x;                        // [T, M]
+  arithmetic_t<S>* grad_v_init;     // [M], or null: not wanted
+  double* grad_factor;              // one partial sum a column tile, or null: not wanted
+  int64_t T, M;
+};
+
+// Columns a forward or backward tile holds. They depend on T alone, so the partial sums of
+// `grad_factor`, and with them the result, do not depend on the number of threads.
+constexpr int64_t neuron_forward_tile = 1024;
+constexpr int64_t neuron_backward_tile(int64_t T) {
+  const int64_t fit = 8192 / (T > 0 ? T : 1) / 64 * 64;
+  return fit < 64 ? 64 : fit > 1024 ? 1024 : fit;
+}
+// Elements of arithmetic_t<S> a thread needs beside it in the backward.
+constexpr int64_t neuron_backward_scratch(int64_t T) {
+  return (T + 5) * neuron_backward_tile(T);
+}
+
+#define ATSNN_DECLARE_NEURON(LEVEL)                                                        \
+  namespace LEVEL {                                                                        \
+  template <class S>                                                                       \
+  void neuron_forward(const NeuronForward<S>&, const NeuronParams&, int64_t tile_begin,    \
+                      int64_t tile_end);                                                   \
+  template <class S>                                                                       \
+  void neuron_backward(const NeuronBackward<S>&, const NeuronParams&, arithmetic_t<S>*     \
+                       scratch, int64_t tile_begin, int64_t tile_end);                     \
+  }
+ATSNN_DECLARE_NEURON(portable)
+ATSNN_DECLARE_NEURON(avx2)
+ATSNN_DECLARE_NEURON(avx512)
+#undef ATSNN_DECLARE_NEURON
+
+}  // namespace atsnn

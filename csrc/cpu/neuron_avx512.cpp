@@ -1,0 +1,16 @@
+// Every header comes before the target is raised: an inline function of the standard library
+// compiled for AVX-512 here could otherwise be the copy the linker keeps for everybody.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <type_traits>
+
+#include "neuron.h"
+
+#if defined(__x86_64__)
+#include "target_avx512.h"
+#define ATSNN_LEVEL avx512
+#define ATSNN_VECTOR_BYTES 64
+#include "neuron-inl.h"
+#include "target_end.h"
+#endif

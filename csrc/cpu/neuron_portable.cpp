@@ -1,0 +1,10 @@
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <type_traits>
+
+#include "neuron.h"
+
+#define ATSNN_LEVEL portable
+#define ATSNN_VECTOR_BYTES 16
+#include "neuron-inl.h"
