@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
   Tensor grad_v_init = at::empty(x.sizes().slice(1), state);
   const int64_t T = x.size(0);
   const int64_t M = grad_v_init.numel();
-  const int64_t tiles = divide_up(M, neuron_backward_tile(T));
+  const int64_t tiles = divide_up(M, neuron_backward_tile);
   const bool want_factor = kind == "plif";
   Tensor partial = at::empty({want_factor ? tiles : 0}, x.options().dtype(at::kDouble));
   const Rows in = as_rows(x);

@@ -39,9 +39,11 @@ ATSNN_INLINE vec<A> reset(vec<A> u, const Constants<A>& c) {
 template <Surrogate surrogate, class A>
 ATSNN_INLINE vec<A> surrogate_derivative(vec<A> z, A alpha) {
   constexpr A pi = static_cast<A>(3.14159265358979323846);
+  const A decay = static_cast<A>(-log2_e) * alpha;  // exp(-alpha a) = 2^(decay a)
   if constexpr (surrogate == Surrogate::sigmoid) {
-    const vec<A> s = A(1) / (A(1) + exponential(-alpha * z));
-    return (A(1) - s) * s * alpha;
+    // s (1 - s) = e / (1 + e)^2 with e = exp(-|alpha z|), which cannot overflow.
+    const vec<A> e = exp2_of_negative(decay * absolute<A>(z));
+    return (alpha * e) / ((A(1) + e) * (A(1) + e));
   } else if constexpr (surrogate == Surrogate::atan) {
     const vec<A> y = (pi / 2 * alpha) * z;
     return (alpha / 2) / (A(1) + y * y);
@@ -49,7 +51,7 @@ ATSNN_INLINE vec<A> surrogate_derivative(vec<A> z, A alpha) {
     const vec<A> a = absolute<A>(z);
     return a > A(1) / alpha ? vec<A>{} : alpha - (alpha * alpha) * a;
   } else if constexpr (surrogate == Surrogate::piecewise_exp) {
-    return (alpha / 2) * exponential(-alpha * absolute<A>(z));
+    return (alpha / 2) * exp2_of_negative(decay * absolute<A>(z));
   } else if constexpr (surrogate == Surrogate::soft_sign) {
     const vec<A> y = A(1) / alpha + absolute<A>(z);
     return A(1) / ((2 * alpha) * (y * y));
@@ -58,7 +60,7 @@ ATSNN_INLINE vec<A> surrogate_derivative(vec<A> z, A alpha) {
     return alpha / (y * y);
   } else {
     const vec<A> y = alpha * z;
-    return exponential(-(y * y)) * (alpha / static_cast<A>(1.77245385090551602730));
+    return exp2_of_negative(static_cast<A>(-log2_e) * (y * y)) * (alpha / static_cast<A>(1.77245385090551602730));
   }
 }
 
@@ -116,6 +118,15 @@ ATSNN_INLINE void narrow_into(S* row, const arithmetic_t<S>* from, int64_t n) {
   }
 }
 
+// Asks for a row of a tile before it is needed: the hardware does not see that tile after tile
+// steps through T distant streams. Nothing is accessed, so the address may lie past the end.
+template <class S>
+ATSNN_INLINE void fetch_ahead(const S* row, int64_t n) {
+  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(S)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+  }
+}
+
 template <class A>
 ATSNN_INLINE void start_state(A* v, const A* v_init, A v_reset, int64_t n) {
   if (v_init) {
@@ -146,80 +157,136 @@ void forward_tile(const NeuronForward<S>& a, const Constants<arithmetic_t<S>>& c
   }
 }
 
-// u[t] before the reset, for a whole tile: what the backward needs, made again from the input.
-template <Charge kind, bool multiply, bool hard, class S>
-void recompute_tile(const NeuronBackward<S>& a, const Constants<arithmetic_t<S>>& c,
-                    int64_t begin, int64_t n, arithmetic_t<S>* u, int64_t pitch,
-                    arithmetic_t<S>* wide, arithmetic_t<S>* v) {
+// The backward goes over the columns in blocks of a few vectors, so that what travels through time
+// (v on the way up, its gradient on the way down) stays in registers.
+constexpr int block_vectors = 4;
+template <class A>
+constexpr int64_t block_width = block_vectors * Simd<A>::width;
+
+// One block of columns: where it begins and how many of its columns exist.
+struct Block {
+  int64_t begin, columns;
+};
+
+template <bool full, class A>
+ATSNN_INLINE vec<A> get_at(const A* row, int k, int64_t columns) {
+  constexpr int64_t width = Simd<A>::width;
+  if constexpr (full) return load(row + k * width);
+  const int64_t left = columns - k * width;
+  return left <= 0 ? vec<A>{} : load_first(row + k * width, std::min(left, width));
+}
+
+template <bool full, class A>
+ATSNN_INLINE void put_at(A* row, int k, int64_t columns, vec<A> v) {
+  constexpr int64_t width = Simd<A>::width;
+  if constexpr (full) return store(row + k * width, v);
+  const int64_t left = columns - k * width;
+  if (left > 0) store_first(row + k * width, v, std::min(left, width));
+}
+
+#define ATSNN_EACH_VECTOR(k) _Pragma("GCC unroll 4") for (int k = 0; k < block_vectors; ++k)
+
+// u[t] before the reset: what the backward needs, made again from the input.
+template <Charge kind, bool multiply, bool hard, bool full, class S>
+ATSNN_NOINLINE void recompute_block(const NeuronBackward<S>& a, const Constants<arithmetic_t<S>>& settings,
+                     Block b, arithmetic_t<S>* u) {
   using A = arithmetic_t<S>;
-  start_state(v, a.v_init ? a.v_init + begin : nullptr, c.v_reset, n);
+  const Constants<A> c = settings;  // a copy, which the stores below cannot alias
+  constexpr int64_t width = Simd<A>::width;
+  A wide[block_width<A>];
+  vec<A> v[block_vectors];
+  ATSNN_EACH_VECTOR(k) {
+    v[k] = a.v_init ? get_at<full>(a.v_init + b.begin, k, b.columns) : vec<A>{} + c.v_reset;
+  }
   for (int64_t t = 0; t < a.T; ++t) {
-    const A* x = widened(a.x + t * a.x_stride + begin, wide, n);
-    A* row = u + t * pitch;
-    each_vector<A>(n, [&](int64_t i, auto full, int64_t k) {
-      const vec<A> charged = charge<kind, multiply>(get(v + i, full, k), get(x + i, full, k), c);
-      put(row + i, charged, full, k);
-      put(v + i, reset<hard>(charged, c), full, k);
-    });
+    const S* in = a.x + t * a.x_stride + b.begin;
+    const A* x = widened(in, wide, b.columns);
+    A* row = u + t * block_width<A>;
+    fetch_ahead(in + block_width<A>, block_width<A>);
+    if (a.grad_spikes) {
+      fetch_ahead(a.grad_spikes + t * a.grad_stride + b.begin + block_width<A>, block_width<A>);
+    }
+    ATSNN_EACH_VECTOR(k) {
+      const vec<A> charged = charge<kind, multiply>(v[k], get_at<full>(x, k, b.columns), c);
+      store(row + k * width, charged);
+      v[k] = reset<hard>(charged, c);
+    }
   }
 }
 
-template <Surrogate surrogate, bool hard, bool detach, class S>
-void reverse_tile(const NeuronBackward<S>& a, const NeuronParams& p,
-                  const Constants<arithmetic_t<S>>& c, int64_t begin, int64_t n,
-                  const arithmetic_t<S>* u, int64_t pitch, arithmetic_t<S>* wide,
-                  arithmetic_t<S>* wide_grad, arithmetic_t<S>* out, arithmetic_t<S>* grad_v,
-                  double* grad_factor) {
+// `grad_u` keeps the gradient of each potential, rows `keep` apart: 0 where nobody wants it, so
+// that the loop has no branch and the compiler can interleave the vectors of a block.
+template <Surrogate surrogate, bool hard, bool detach, bool full, class S>
+ATSNN_NOINLINE void reverse_block(const NeuronBackward<S>& a, const NeuronParams& p,
+                                  const Constants<arithmetic_t<S>>& settings, Block b,
+                                  const arithmetic_t<S>* u, arithmetic_t<S>* grad_u,
+                                  int64_t keep) {
   using A = arithmetic_t<S>;
+  const Constants<A> c = settings;  // a copy, which the stores below cannot alias
+  constexpr int64_t width = Simd<A>::width;
   const A rate = p.multiply ? c.factor : A(1) / c.factor;  // 1/tau
   const A to_x = p.charge == Charge::decay ? rate : A(1);
   const A to_v = p.charge == Charge::integrate ? A(1) : A(1) - rate;
-  if (a.grad_v) {
-    std::memcpy(grad_v, a.grad_v + begin, n * sizeof(A));
-  } else {
-    std::fill(grad_v, grad_v + n, A(0));
+  A wide_grad[block_width<A>] = {}, out[block_width<A>];
+  vec<A> grad_v[block_vectors];
+  ATSNN_EACH_VECTOR(k) {
+    grad_v[k] = a.grad_v ? get_at<full>(a.grad_v + b.begin, k, b.columns) : vec<A>{};
   }
   for (int64_t t = a.T - 1; t >= 0; --t) {
-    const A* potential = u + t * pitch;
-    const A* grad_s =
-        a.grad_spikes ? widened(a.grad_spikes + t * a.grad_stride + begin, wide_grad, n) : nullptr;
-    S* row = a.grad_x + t * a.M + begin;
+    const A* potential = u + t * block_width<A>;
+    const A* grad_s = a.grad_spikes ? widened(a.grad_spikes + t * a.grad_stride + b.begin,
+                                              wide_grad, b.columns)
+                                    : wide_grad;
+    S* row = a.grad_x + t * a.M + b.begin;
     A* grad_x = writable(row, out);
-    const A* x = grad_factor ? widened(a.x + t * a.x_stride + begin, wide, n) : nullptr;
-    each_vector<A>(n, [&](int64_t i, auto full, int64_t k) {
-      const vec<A> ut = get(potential + i, full, k);
+    A* kept = grad_u + t * keep;
+    vec<A> grad[block_vectors];
+    ATSNN_EACH_VECTOR(k) {
+      const vec<A> ut = load(potential + k * width);
       const vec<A> slope = surrogate_derivative<surrogate>(ut - c.v_threshold, c.alpha);
-      vec<A> through_reset = {};  // dv/du
       if constexpr (hard) {
-        through_reset = ut >= c.v_threshold ? vec<A>{} : vec<A>{} + A(1);
-        if constexpr (!detach) through_reset += (c.v_reset - ut) * slope;
+        grad[k] = ut >= c.v_threshold ? vec<A>{} : grad_v[k];
+        if constexpr (!detach) grad[k] += grad_v[k] * ((c.v_reset - ut) * slope);
       } else {
-        through_reset += A(1);
-        if constexpr (!detach) through_reset -= c.v_threshold * slope;
+        grad[k] = grad_v[k];
+        if constexpr (!detach) grad[k] -= grad_v[k] * (c.v_threshold * slope);
       }
-      vec<A> grad_u = get(grad_v + i, full, k) * through_reset;
-      if (grad_s) grad_u += get(grad_s + i, full, k) * slope;
-      put(grad_x + i, grad_u * to_x, full, k);
-      put(grad_v + i, grad_u * to_v, full, k);
-      if (grad_factor) {
-        // du/d(1/tau) = [decay: x] - (v - v_reset), v the membrane this step began with.
-        vec<A> v;
-        if (t > 0) {
-          v = reset<hard>(get(potential - pitch + i, full, k), c);
-        } else if (a.v_init) {
-          v = get(a.v_init + begin + i, full, k);
-        } else {
-          v = vec<A>{} + c.v_reset;
-        }
-        vec<A> drive = c.v_reset - v;
-        if (p.charge == Charge::decay) drive += get(x + i, full, k);
-        const vec<A> term = grad_u * drive;
-        for (int64_t j = 0; j < k; ++j) grad_factor[i + j] += static_cast<double>(term[j]);
-      }
-    });
-    narrow_into(row, grad_x, n);
+      grad[k] += get_at<full>(grad_s, k, b.columns) * slope;
+      grad_v[k] = grad[k] * to_v;
+    }
+    ATSNN_EACH_VECTOR(k) {
+      put_at<full>(grad_x, k, b.columns, grad[k] * to_x);
+      store(kept + k * width, grad[k]);
+    }
+    narrow_into(row, grad_x, b.columns);
+  }
+  if (a.grad_v_init) {
+    ATSNN_EACH_VECTOR(k) { put_at<full>(a.grad_v_init + b.begin, k, b.columns, grad_v[k]); }
   }
 }
+
+// Adds grad_u * du/d(1/tau) to each column's sum: du/d(1/tau) = [decay: x] - (v - v_reset), v being
+// the membrane a step began with.
+template <class S>
+ATSNN_NOINLINE void factor_block(const NeuronBackward<S>& a, const NeuronParams& p,
+                                 const Constants<arithmetic_t<S>>& c, Block b,
+                                 const arithmetic_t<S>* u, const arithmetic_t<S>* grad_u,
+                                 double* sums) {
+  using A = arithmetic_t<S>;
+  for (int64_t i = 0; i < b.columns; ++i) {
+    A v = a.v_init ? a.v_init[b.begin + i] : c.v_reset;
+    for (int64_t t = 0; t < a.T; ++t) {
+      A drive = c.v_reset - v;
+      if (p.charge == Charge::decay) drive += widen(a.x[t * a.x_stride + b.begin + i]);
+      sums[i] += static_cast<double>(grad_u[t * block_width<A> + i] * drive);
+      const A potential = u[t * block_width<A> + i];
+      v = potential < c.v_threshold ? potential
+          : p.hard_reset            ? c.v_reset
+                                    : potential - c.v_threshold;
+    }
+  }
+}
+#undef ATSNN_EACH_VECTOR
 
 // ---- from run-time settings to template arguments -----------------------------------------------
 
@@ -302,28 +369,32 @@ void neuron_backward(const NeuronBackward<S>& a, const NeuronParams& p, arithmet
                      int64_t tile_begin, int64_t tile_end) {
   using A = arithmetic_t<S>;
   const Constants<A> c(p);
-  const int64_t width = neuron_backward_tile(a.T);
-  A* const u = scratch;
-  A* const wide = u + a.T * width;
-  A* const wide_grad = wide + width;
-  A* const out = wide_grad + width;
-  A* const grad_v = out + width;
-  A* const v = grad_v + width;
-  double by_column[1024];
+  double by_column[neuron_backward_tile];
+  double* const factor = a.grad_factor ? by_column : nullptr;
+  // The two passes are chosen apart: as pairs there would be fourteen times as many kernels.
+  decltype(&recompute_block<Charge::decay, true, true, true, S>) recompute, recompute_short;
+  with_charge(p, [&](auto kind, auto multiply, auto hard) {
+    recompute = recompute_block<kind.value, multiply.value, hard.value, true, S>;
+    recompute_short = recompute_block<kind.value, multiply.value, hard.value, false, S>;
+  });
+  decltype(&reverse_block<Surrogate::sigmoid, true, true, true, S>) reverse, reverse_short;
+  with_surrogate(p, [&](auto surrogate, auto hard, auto detach) {
+    reverse = reverse_block<surrogate.value, hard.value, detach.value, true, S>;
+    reverse_short = reverse_block<surrogate.value, hard.value, detach.value, false, S>;
+  });
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t begin = tile * width;
-    const int64_t n = std::min(width, a.M - begin);
-    with_charge(p, [&](auto kind, auto multiply, auto hard) {
-      recompute_tile<kind.value, multiply.value, hard.value>(a, c, begin, n, u, width, wide, v);
-    });
-    double* const factor = a.grad_factor ? by_column : nullptr;
-    if (factor) std::fill(factor, factor + n, 0.0);
-    with_surrogate(p, [&](auto surrogate, auto hard, auto detach) {
-      reverse_tile<surrogate.value, hard.value, detach.value>(a, p, c, begin, n, u, width, wide,
-                                                              wide_grad, out, grad_v, factor);
-    });
+    const int64_t begin = tile * neuron_backward_tile;
+    const int64_t n = std::min(neuron_backward_tile, a.M - begin);
+    std::fill(by_column, by_column + n, 0.0);
+    for (int64_t i = 0; i < n; i += block_width<A>) {
+      const Block b{begin + i, std::min(block_width<A>, n - i)};
+      const bool full = b.columns == block_width<A>;
+      (full ? recompute : recompute_short)(a, c, b, scratch);
+      A* const grad_u = scratch + a.T * block_width<A>;
+      (full ? reverse : reverse_short)(a, p, c, b, scratch, grad_u, factor ? block_width<A> : 0);
+      if (factor) factor_block(a, p, c, b, scratch, grad_u, factor + i);
+    }
     if (factor) a.grad_factor[tile] = std::accumulate(factor, factor + n, 0.0);
-    if (a.grad_v_init) std::memcpy(a.grad_v_init + begin, grad_v, n * sizeof(A));
   }
 }
 

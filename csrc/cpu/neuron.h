@@ -64,17 +64,13 @@ struct NeuronBackward {
   int64_t T, M;
 };
 
-// Columns a forward or backward tile holds. They depend on T alone, so the partial sums of
-// `grad_factor`, and with them the result, do not depend on the number of threads.
+// Columns of a forward or backward tile, the unit of work of a thread. They are constants, so the
+// partial sums of `grad_factor`, and with them the result, do not depend on the number of threads.
 constexpr int64_t neuron_forward_tile = 1024;
-constexpr int64_t neuron_backward_tile(int64_t T) {
-  const int64_t fit = 8192 / (T > 0 ? T : 1) / 64 * 64;
-  return fit < 64 ? 64 : fit > 1024 ? 1024 : fit;
-}
-// Elements of arithmetic_t<S> a thread needs beside it in the backward.
-constexpr int64_t neuron_backward_scratch(int64_t T) {
-  return (T + 5) * neuron_backward_tile(T);
-}
+constexpr int64_t neuron_backward_tile = 512;
+// Elements of arithmetic_t<S> a thread needs beside it in the backward: the potentials of a block
+// of at most 64 columns, and their gradients.
+constexpr int64_t neuron_backward_scratch(int64_t T) { return 2 * (T + 1) * 64; }
 
 #define ATSNN_DECLARE_NEURON(LEVEL)                                                        \
   namespace LEVEL {                                                                        \

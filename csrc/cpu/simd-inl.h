@@ -8,6 +8,7 @@
 #endif
 
 #define ATSNN_INLINE inline __attribute__((always_inline))
+#define ATSNN_NOINLINE __attribute__((noinline))
 
 namespace atsnn {
 namespace ATSNN_LEVEL {
@@ -55,34 +56,39 @@ ATSNN_INLINE void store_first(A* p, vec<A> v, int64_t n) {
 
 template <class A>
 ATSNN_INLINE vec<A> absolute(vec<A> x) {
-  return x < 0 ? -x : x;
-}
-
-// exp for float32: Cody-Waite reduction by ln 2 and a degree-6 polynomial (relative error below
-// 2e-7). The argument is clamped to where the result is a normal number.
-ATSNN_INLINE vec<float> exponential(vec<float> x) {
-  typedef Simd<float>::I I;
-  x = x < -87.0f ? vec<float>{} - 87.0f : x;
-  x = x > 88.0f ? vec<float>{} + 88.0f : x;
-  const vec<float> shifted = x * 1.44269504088896341f + 0x1.8p23f;  // rounds to an integer
-  const vec<float> n = shifted - 0x1.8p23f;
-  const vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  vec<float> p = r * (1.0f / 720) + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const I power = (__builtin_convertvector(n, I) + 127) << 23;
-  vec<float> scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return p * scale;
-}
-
-// float64 serves gradient checks only, where the library's exp is fast enough.
-ATSNN_INLINE vec<double> exponential(vec<double> x) {
-  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::exp(x[i]);
+  typename Simd<A>::I bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= ~(typename Simd<A>::I{} + 1 << (8 * sizeof(A) - 1));
+  std::memcpy(&x, &bits, sizeof bits);
   return x;
+}
+
+constexpr double log2_e = 1.44269504088896340736;
+
+// 2^y for float32 and y <= 0: 2^n times a degree-5 minimax polynomial for 2^f, f in [-1/2, 1/2]
+// (relative error below 2e-7). Below -124 it stays at 2^-124.
+ATSNN_INLINE vec<float> exp2_of_negative(vec<float> y) {
+  typedef Simd<float>::I I;
+  y = y > -124.0f ? y : vec<float>{} - 124.0f;
+  const vec<float> shifted = y + 0x1.8p23f;  // rounds to an integer, which its low bits hold
+  const vec<float> f = y - (shifted - 0x1.8p23f);
+  vec<float> p = f * 0.0013276472f + 0.009675541f;
+  p = p * f + 0.05550713f;
+  p = p * f + 0.2402212f;
+  p = p * f + 0.69314694f;
+  p = p * f + 1.0000001f;
+  I bits, power;
+  std::memcpy(&bits, &p, sizeof bits);
+  std::memcpy(&power, &shifted, sizeof power);
+  bits += power << 23;  // p lies in [0.7, 1.42] and n >= -125, so the exponent stays normal
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+// float64 serves gradient checks only, where the library's exp2 is fast enough.
+ATSNN_INLINE vec<double> exp2_of_negative(vec<double> y) {
+  for (int i = 0; i < Simd<double>::width; ++i) y[i] = std::exp2(y[i]);
+  return y;
 }
 
 }  // namespace ATSNN_LEVEL
