@@ -1,1 +1,22 @@
+"""Fused kernels for spiking vision transformers whose tokens halt early and merge."""
+
+from . import functional, nn
+from .checks import AtsnnError
+from .layout import TokenLayout
+from .nn.config import SpikformerConfig
+from .nn.model import ATSpikformer, create_model
 from .ops import available_backends, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ATSpikformer",
+    "AtsnnError",
+    "SpikformerConfig",
+    "TokenLayout",
+    "available_backends",
+    "create_model",
+    "functional",
+    "nn",
+    "use_backend",
+]

@@ -218,8 +218,13 @@ def spike_driven_attention(
     num_heads: int,
     v_threshold: float = 0.5,
     sizes: Tensor | None = None,
+    tau: float = 2.0,
+    surrogate: str = "sigmoid",
+    alpha: float | None = None,
+    state: Tensor | None = None,
+    return_state: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Spike-driven self-attention (Spike-driven Transformer V1): ``q * LIF(sum_n k * v)``.
 
     Parameters
@@ -228,21 +233,32 @@ def spike_driven_attention(
         ``[T, B, N, C]`` spikes; rows of inactive tokens are zero.
     num_heads : int
         Divides ``C``; the operation acts on each channel by itself, whatever its head.
-    v_threshold : float
-        Threshold of the LIF on the sums over tokens.
+    v_threshold, tau, surrogate, alpha
+        Of the LIF on the sums over tokens (hard reset to 0, ``detach_reset``).
     sizes : Tensor, optional
         ``[B, N]``, how many original tokens each token stands for after merging.
+    state : Tensor, optional
+        ``[B, 1, C]`` potentials of that LIF to begin with.
+    return_state : bool
+        Whether to return the final potentials too.
 
     Returns
     -------
-    Tensor
-        ``[T, B, N, C]``.
+    Tensor or (Tensor, Tensor)
+        ``[T, B, N, C]``, and ``[B, 1, C]``.
     """
     op = "spike_driven_attention"
     _check_qkv(op, q, k, v, num_heads, sizes)
     check_number(op, "v_threshold", v_threshold)
+    check_number(op, "tau", tau, above=1)
+    check_choice(op, "surrogate", surrogate, reference.SURROGATES)
     check_choice(op, "backend", backend, ops.BACKENDS)
-    return reference.spike_driven_attention(q, k, v, v_threshold, sizes)
+    if state is not None:
+        check_shape(op, "state", state, B=q.shape[1], one=1, C=q.shape[3])
+    out, state = reference.spike_driven_attention(
+        q, k, v, v_threshold, sizes, tau, surrogate, alpha, state
+    )
+    return (out, state) if return_state else out
 
 
 def halting_scores(x: Tensor, weight: Tensor, bias: Tensor, *, score: str = "first") -> Tensor:

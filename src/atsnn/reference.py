@@ -167,25 +167,26 @@ def spike_driven_attention(
     v: Tensor,
     v_threshold: float = 0.5,
     sizes: Tensor | None = None,
-    *,
     tau: float = 2.0,
     surrogate: str = "sigmoid",
     alpha: float | None = None,
-) -> Tensor:
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Spike-driven self-attention (Spike-driven Transformer V1): ``q * LIF(sum_n k * v)``.
 
     ``q, k, v`` are ``[T, B, N, C]`` with inactive rows zero; the LIF runs over ``T`` on one
-    potential per image and channel, with hard reset to 0 and ``detach_reset``.
+    potential per image and channel, ``state [B, 1, C]``, with hard reset to 0 and
+    ``detach_reset``. Returns the output and the final potentials.
     """
     kv = k * v
     if sizes is not None:
         kv = kv * sizes.to(v.dtype)[None, :, :, None]
     alpha = SURROGATES[surrogate].alpha if alpha is None else alpha
-    total = kv.sum(2, keepdim=True)
-    gate, _ = neuron(
-        total, None, None, "lif", tau, v_threshold, 0.0, True, True, surrogate, alpha
+    gate, state = neuron(
+        kv.sum(2, keepdim=True), state, None, "lif", tau, v_threshold, 0.0, True, True,
+        surrogate, alpha,
     )  # fmt: skip
-    return q * gate
+    return q * gate, state
 
 
 # -- halting --------------------------------------------------------------------------------------

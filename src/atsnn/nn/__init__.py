@@ -1,0 +1,26 @@
+"""Modules: neurons, attention, halting, merging, blocks and the model."""
+
+from .blocks import MLP, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
+from .config import SpikformerConfig
+from .halting import Halting
+from .merging import TokenMerge
+from .model import ATSpikformer, Trace, create_model
+from .neurons import IF, LIF, PLIF
+from .stem import SpikingPatchSplitting
+
+__all__ = [
+    "ATSpikformer",
+    "Halting",
+    "IF",
+    "LIF",
+    "MLP",
+    "PLIF",
+    "SpikeDrivenSelfAttention",
+    "SpikformerBlock",
+    "SpikformerConfig",
+    "SpikingPatchSplitting",
+    "SpikingSelfAttention",
+    "TokenMerge",
+    "Trace",
+    "create_model",
+]

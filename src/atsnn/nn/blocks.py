@@ -1,0 +1,251 @@
+"""Attention, MLP and block of Spikformer over ``[T, B, N, C]``, restricted to active cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..checks import InvalidValue, check_integer, check_shape, check_tensor
+from ..layout import TokenLayout
+from ..reference import masked_batch_norm
+from .neurons import LIF, Neuron
+
+Record = Callable[[str, Tensor, TokenLayout | None], None]
+
+
+@dataclass
+class Context:
+    """What accompanies the tokens through the blocks.
+
+    Attributes
+    ----------
+    layout : TokenLayout, optional
+        The active cells; ``None``: all.
+    sizes : Tensor, optional
+        ``[B, N]``, how many original tokens each token stands for.
+    state : dict, optional
+        Membranes by layer name, read and replaced; ``None``: every layer starts at rest.
+    record : callable, optional
+        Called with the name, the spikes and the layout of every spiking layer.
+    """
+
+    layout: TokenLayout | None = None
+    sizes: Tensor | None = None
+    state: dict[str, Tensor] | None = None
+    record: Record | None = None
+    name: str = field(default="")
+
+    def at(self, name: str) -> Context:
+        """The same context inside the layer ``name``."""
+        full = f"{self.name}.{name}" if self.name else name
+        return Context(self.layout, self.sizes, self.state, self.record, full)
+
+    def fire(self, name: str, neuron: Neuron, x: Tensor) -> Tensor:
+        """Spikes of ``neuron``, zero in inactive cells: a zero input can still fire there."""
+        full = f"{self.name}.{name}" if self.name else name
+        spikes, v = neuron.run(x, None if self.state is None else self.state.get(full))
+        if self.state is not None:
+            self.state[full] = v
+        if self.layout is not None:
+            spikes = spikes * self.layout.mask.unsqueeze(-1).to(spikes.dtype)
+        if self.record is not None:
+            self.record(full, spikes, self.layout)
+        return spikes
+
+
+def _check_tokens(op: str, x: Tensor, dim: int) -> None:
+    check_tensor(op, "x", x)
+    check_shape(op, "x", x, T=None, B=None, N=None, C=dim)
+
+
+def _lif(tau: float, surrogate: str, alpha: float | None, v_threshold: float = 1.0) -> LIF:
+    return LIF(
+        tau=tau, v_threshold=v_threshold, surrogate=surrogate, alpha=alpha, detach_reset=True
+    )
+
+
+class _Attention(nn.Module):
+    """Projections, operation and output of a spiking attention; subclasses give the operation."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        bias: bool,
+        tau: float,
+        surrogate: str,
+        alpha: float | None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        check_integer(op, "dim", dim, at_least=1)
+        check_integer(op, "num_heads", num_heads, at_least=1)
+        if dim % num_heads:
+            raise InvalidValue(f"{op}: num_heads must divide dim = {dim}, got {num_heads}")
+        self.dim, self.num_heads = dim, num_heads
+        for name in ("q", "k", "v", "proj"):
+            setattr(self, f"{name}_linear", nn.Linear(dim, dim, bias=bias))
+            setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
+            setattr(self, f"{name}_lif", _lif(tau, surrogate, alpha))
+
+    def _spikes(self, name: str, x: Tensor, context: Context) -> Tensor:
+        y = getattr(self, f"{name}_linear")(x)
+        y = masked_batch_norm(getattr(self, f"{name}_bn"), y, context.layout)
+        return context.fire(f"{name}_lif", getattr(self, f"{name}_lif"), y)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        raise NotImplementedError
+
+    def forward_with_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Output spikes and key spikes, both ``[T, B, N, C]``."""
+        q, k, v = (self._spikes(name, x, context) for name in ("q", "k", "v"))
+        return self._spikes("proj", self.attend(q, k, v, context), context), k
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [T, B, N, C]`` to spikes ``[T, B, N, C]``."""
+        _check_tokens(type(self).__name__, x, self.dim)
+        return self.forward_with_keys(x, Context())[0]
+
+
+class SpikingSelfAttention(_Attention):
+    """Spiking self-attention of Spikformer: linear, BN, LIF for q, k, v; attention; LIF; output.
+
+    Parameters
+    ----------
+    dim, num_heads : int
+        Channels and heads; ``num_heads`` divides ``dim``.
+    scale : float
+        Factor of the attention (Spikformer: 0.125).
+    attn_threshold : float
+        Threshold of the LIF after the attention (Spikformer: 0.5).
+    bias : bool
+        Whether the linear layers have a bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        scale: float = 0.125,
+        *,
+        attn_threshold: float = 0.5,
+        bias: bool = True,
+        tau: float = 2.0,
+        surrogate: str = "sigmoid",
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, bias, tau, surrogate, alpha)
+        self.scale = scale
+        self.attn_lif = _lif(tau, surrogate, alpha, attn_threshold)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        out = F.spiking_attention(
+            q, k, v, num_heads=self.num_heads, scale=self.scale, sizes=context.sizes
+        )
+        return context.fire("attn_lif", self.attn_lif, out)
+
+
+class SpikeDrivenSelfAttention(_Attention):
+    """Spike-driven self-attention (Spike-driven Transformer V1): ``q * LIF(sum_n k * v)``.
+
+    Parameters
+    ----------
+    dim, num_heads : int
+        Channels and heads.
+    attn_threshold : float
+        Threshold of the LIF on the sums over tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        attn_threshold: float = 0.5,
+        bias: bool = True,
+        tau: float = 2.0,
+        surrogate: str = "sigmoid",
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, bias, tau, surrogate, alpha)
+        self.attn_lif = _lif(tau, surrogate, alpha, attn_threshold)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        name = f"{context.name}.attn_lif"
+        lif = self.attn_lif
+        out, v_gate = F.spike_driven_attention(
+            q, k, v, num_heads=self.num_heads, v_threshold=lif.v_threshold, sizes=context.sizes,
+            tau=lif.tau, surrogate=lif.surrogate, alpha=lif.alpha,
+            state=None if context.state is None else context.state.get(name), return_state=True,
+        )  # fmt: skip
+        if context.state is not None:
+            context.state[name] = v_gate
+        if context.record is not None:
+            context.record(name, out, context.layout)
+        return out
+
+
+class MLP(nn.Module):
+    """Spikformer's MLP: linear, BN, LIF, twice."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        bias: bool = True,
+        tau: float = 2.0,
+        surrogate: str = "sigmoid",
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.fc1_linear = nn.Linear(dim, hidden, bias=bias)
+        self.fc1_bn = nn.BatchNorm1d(hidden)
+        self.fc1_lif = _lif(tau, surrogate, alpha)
+        self.fc2_linear = nn.Linear(hidden, dim, bias=bias)
+        self.fc2_bn = nn.BatchNorm1d(dim)
+        self.fc2_lif = _lif(tau, surrogate, alpha)
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        _check_tokens("MLP", x, self.dim)
+        context = context or Context()
+        x = masked_batch_norm(self.fc1_bn, self.fc1_linear(x), context.layout)
+        x = context.fire("fc1_lif", self.fc1_lif, x)
+        x = masked_batch_norm(self.fc2_bn, self.fc2_linear(x), context.layout)
+        return context.fire("fc2_lif", self.fc2_lif, x)
+
+
+class SpikformerBlock(nn.Module):
+    """``x + attention(x)``, then ``x + mlp(x)``; halted tokens pass unchanged.
+
+    Parameters
+    ----------
+    attention : SpikingSelfAttention or SpikeDrivenSelfAttention
+    mlp : MLP
+    """
+
+    def __init__(self, attention: _Attention, mlp: MLP) -> None:
+        super().__init__()
+        self.attn = attention
+        self.mlp = mlp
+
+    def forward_with_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Tokens after the block and the keys it attended with, ``[T, B, N, C]``."""
+        attended, keys = self.attn.forward_with_keys(x, context.at("attn"))
+        x = x + attended
+        return x + self.mlp(x, context.at("mlp")), keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_tokens("SpikformerBlock", x, self.attn.dim)
+        return self.forward_with_keys(x, Context())[0]
+
+
+def firing_counts(keys: Tensor) -> Tensor:
+    """``[B, N, C]``: spikes of ``keys [T, B, N, C]`` over the timesteps, without a gradient."""
+    with torch.no_grad():
+        return keys.sum(0)

@@ -1,0 +1,159 @@
+"""Spiking neurons as modules, with the constructors and behaviour of SpikingJelly's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..checks import check_choice, check_number
+from ..reference import SURROGATES
+
+STEP_MODES = ("s", "m")
+
+
+class Neuron(nn.Module):
+    """What LIF, IF and PLIF share: the state, the step mode and the call of the operation.
+
+    The membrane ``v`` is kept from call to call until :meth:`reset`. ``step_mode="m"`` takes
+    ``[T, ...]``, ``"s"`` one timestep ``[...]``.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        v_threshold: float,
+        v_reset: float | None,
+        surrogate: str,
+        alpha: float | None,
+        detach_reset: bool,
+        step_mode: str,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.v_threshold = check_number(name, "v_threshold", v_threshold)
+        self.v_reset = None if v_reset is None else check_number(name, "v_reset", v_reset)
+        check_choice(name, "surrogate", surrogate, SURROGATES)
+        self.surrogate = surrogate
+        self.alpha = SURROGATES[surrogate].alpha if alpha is None else alpha
+        check_number(name, "alpha", self.alpha, above=0)
+        self.detach_reset = bool(detach_reset)
+        check_choice(name, "step_mode", step_mode, STEP_MODES)
+        self.step_mode = step_mode
+        self.v: Tensor | None = None
+
+    def _settings(self) -> dict[str, object]:
+        return {}
+
+    def run(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(spikes, final membrane)`` of ``x [T, ...]`` from ``v``; the module keeps nothing."""
+        return F.neuron(
+            x, v, kind=self.kind, v_threshold=self.v_threshold, v_reset=self.v_reset,
+            detach_reset=self.detach_reset, surrogate=self.surrogate, alpha=self.alpha,
+            **self._settings(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = self.step_mode == "s"
+        spikes, self.v = self.run(x.unsqueeze(0) if single else x, self.v)
+        return spikes.squeeze(0) if single else spikes
+
+    def reset(self) -> None:
+        """Forget the membrane; the next call starts at rest."""
+        self.v = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
+            f"surrogate={self.surrogate!r}, alpha={self.alpha}, "
+            f"detach_reset={self.detach_reset}, step_mode={self.step_mode!r}"
+        )
+
+
+class IF(Neuron):
+    """Integrate-and-fire neuron; see :func:`atsnn.functional.neuron`."""
+
+    kind = "if"
+
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate: str = "sigmoid",
+        alpha: float | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+    ) -> None:
+        super().__init__(v_threshold, v_reset, surrogate, alpha, detach_reset, step_mode)
+
+
+class LIF(Neuron):
+    """Leaky integrate-and-fire neuron; see :func:`atsnn.functional.neuron`.
+
+    Parameters
+    ----------
+    tau : float
+        Membrane time constant in timesteps, greater than 1.
+    decay_input : bool
+        Whether the input is divided by ``tau`` too.
+    """
+
+    kind = "lif"
+
+    def __init__(
+        self,
+        tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate: str = "sigmoid",
+        alpha: float | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+    ) -> None:
+        super().__init__(v_threshold, v_reset, surrogate, alpha, detach_reset, step_mode)
+        self.tau = check_number("LIF", "tau", tau, above=1)
+        self.decay_input = bool(decay_input)
+
+    def _settings(self) -> dict[str, object]:
+        return {"tau": self.tau, "decay_input": self.decay_input}
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, decay_input={self.decay_input}, {super().extra_repr()}"
+
+
+class PLIF(Neuron):
+    """Parametric LIF: ``1 / tau = sigmoid(w)`` is learned; see :func:`atsnn.functional.neuron`.
+
+    Parameters
+    ----------
+    init_tau : float
+        Time constant to begin with, greater than 1; ``w = -log(init_tau - 1)``.
+    """
+
+    kind = "plif"
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate: str = "sigmoid",
+        alpha: float | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+    ) -> None:
+        super().__init__(v_threshold, v_reset, surrogate, alpha, detach_reset, step_mode)
+        check_number("PLIF", "init_tau", init_tau, above=1)
+        self.decay_input = bool(decay_input)
+        self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1.0)))
+
+    def _settings(self) -> dict[str, object]:
+        return {"inv_tau": self.w.sigmoid(), "decay_input": self.decay_input}
+
+    def extra_repr(self) -> str:
+        return f"decay_input={self.decay_input}, {super().extra_repr()}"
