@@ -1,7 +1,9 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
 from . import functional, nn
+from .checkpoint import from_pretrained
 from .checks import AtsnnError
+from .cost import cost
 from .layout import TokenLayout
 from .nn.config import SpikformerConfig
 from .nn.model import ATSpikformer, create_model
@@ -15,7 +17,9 @@ __all__ = [
     "SpikformerConfig",
     "TokenLayout",
     "available_backends",
+    "cost",
     "create_model",
+    "from_pretrained",
     "functional",
     "nn",
     "use_backend",

@@ -39,14 +39,17 @@ class Context:
     record: Record | None = None
     name: str = field(default="")
 
+    def path(self, name: str) -> str:
+        """The full name of the layer ``name`` inside this one."""
+        return f"{self.name}.{name}" if self.name else name
+
     def at(self, name: str) -> Context:
         """The same context inside the layer ``name``."""
-        full = f"{self.name}.{name}" if self.name else name
-        return Context(self.layout, self.sizes, self.state, self.record, full)
+        return Context(self.layout, self.sizes, self.state, self.record, self.path(name))
 
     def fire(self, name: str, neuron: Neuron, x: Tensor) -> Tensor:
         """Spikes of ``neuron``, zero in inactive cells: a zero input can still fire there."""
-        full = f"{self.name}.{name}" if self.name else name
+        full = self.path(name)
         spikes, v = neuron.run(x, None if self.state is None else self.state.get(full))
         if self.state is not None:
             self.state[full] = v
@@ -55,6 +58,13 @@ class Context:
         if self.record is not None:
             self.record(full, spikes, self.layout)
         return spikes
+
+    def note(self, name: str, x: Tensor) -> None:
+        """Record what goes into a layer: the integers of the residual stream, or pooled spikes."""
+        if self.record is not None:
+            if self.layout is not None:
+                x = x * self.layout.mask.unsqueeze(-1)
+            self.record(self.path(name), x, self.layout)
 
 
 def _check_tokens(op: str, x: Tensor, dim: int) -> None:
@@ -175,7 +185,7 @@ class SpikeDrivenSelfAttention(_Attention):
         self.attn_lif = _lif(tau, surrogate, alpha, attn_threshold)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        name = f"{context.name}.attn_lif"
+        name = context.path("attn_lif")
         lif = self.attn_lif
         out, v_gate = F.spike_driven_attention(
             q, k, v, num_heads=self.num_heads, v_threshold=lif.v_threshold, sizes=context.sizes,
@@ -236,8 +246,10 @@ class SpikformerBlock(nn.Module):
 
     def forward_with_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Tokens after the block and the keys it attended with, ``[T, B, N, C]``."""
+        context.note("attn.input", x)
         attended, keys = self.attn.forward_with_keys(x, context.at("attn"))
         x = x + attended
+        context.note("mlp.input", x)
         return x + self.mlp(x, context.at("mlp")), keys
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class Trace:
     source : Tensor
         ``[B, N]`` int64, the token that holds each original token after the last block.
     firing_rates : dict of str to float
-        Spikes per neuron and active cell of every spiking layer.
+        Spikes per neuron and active cell of every spiking layer, and of what goes into the
+        convolutions, the attention and the MLP (``*.input``; an integer k counts as k spikes).
     """
 
     logits: Tensor
@@ -201,6 +203,12 @@ class ATSpikformer(nn.Module):
         plain.merge = nn.ModuleList()
         return plain
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the weights (safetensors) and the configuration (JSON) to ``folder``."""
+        from ..checkpoint import save_pretrained
+
+        return save_pretrained(self, folder)
+
     # -- forward ------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | Trace:
@@ -283,8 +291,6 @@ class ATSpikformer(nn.Module):
             )  # fmt: skip
             keys = None
             if layout is None or layout.num_rows:
-                if rates is not None:
-                    rates(f"block.{number}.input", _zeroed(x, layout), layout)
                 x, keys = block.forward_with_keys(x, context)
             h = self._scores(x, run.active)
             g = accumulate_block(h, c.halting or "depth")
@@ -344,8 +350,6 @@ class ATSpikformer(nn.Module):
                     layout = TokenLayout.from_active_steps(active.sum(0), 1)
                     context = Context(layout, None, state, rates, f"block.{number}")
                     if layout.num_rows:
-                        if rates is not None:
-                            rates(f"block.{number}.input", _zeroed(y, layout), layout)
                         y, _ = block.forward_with_keys(y, context)
                     h = self._scores(y, active)[0]
                     score_list.append(h)
@@ -409,10 +413,6 @@ class ATSpikformer(nn.Module):
         run.active = run.active & ~plan.merged
         run.source = plan.target.gather(1, run.source)
         return x
-
-
-def _zeroed(x: Tensor, layout: TokenLayout | None) -> Tensor:
-    return x if layout is None else x * layout.mask.unsqueeze(-1)
 
 
 def _initialise(module: nn.Module) -> None:

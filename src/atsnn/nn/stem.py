@@ -50,6 +50,7 @@ class SpikingPatchSplitting(nn.Module):
         training BatchNorm sees the repeated maps, as the unbiased running variance counts them.
         """
         conv, bn = self._layer("conv", name), self._layer("bn", name)
+        context.note(f"{name}.input", x)
         y = conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         if still and self.training:
             y, still = y.expand(still, *y.shape[1:]), 0

@@ -1,0 +1,294 @@
+"""The ``atsnn`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .checks import AtsnnError, InvalidValue, require
+
+GOOD, FAILED, WRONG_USE = 0, 1, 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atsnn",
+        description="Spiking vision transformers whose tokens halt early: train, measure, show.",
+    )
+    parser.add_argument("--version", action="version", version=f"atsnn {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(run=run)
+        return sub
+
+    info = command("info", _info, "print what is built, what is in use and what is missing")
+    _json_option(info)
+
+    bench = command(
+        "bench", _bench, "measure what halting saves on a trained model and real images"
+    )
+    _model_options(bench)
+    bench.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes to time")
+    bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the timing")
+    bench.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
+    bench.add_argument("--limit", type=int, help="use the first LIMIT test images only")
+    _json_option(bench)
+
+    evaluate = command("eval", _eval, "print accuracy and executed cells on the test images")
+    _model_options(evaluate)
+    evaluate.add_argument("--limit", type=int, help="use the first LIMIT test images only")
+    evaluate.add_argument("--halting-off", action="store_true", help="run it as a plain Spikformer")
+    _json_option(evaluate)
+
+    show = command("show", _show, "draw images with the depth and timesteps of each token (PNG)")
+    _model_options(show)
+    show.add_argument("--out", type=Path, default=Path("atsnn.png"), help="PNG to write")
+    show.add_argument("--count", type=int, default=6, help="number of test images")
+    show.add_argument("--start", type=int, default=0, help="first test image")
+
+    train = command("train", _train, "train an AT-Spikformer on images")
+    _train_options(train)
+    return parser
+
+
+def _model_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--checkpoint", default="digits",
+        help="packaged name (digits, digits-dense, digits-constant), folder or hub id",
+    )  # fmt: skip
+    sub.add_argument("--data", default="digits", help="data set: digits, fashion-mnist")
+    sub.add_argument("--data-dir", help="folder with the files of the data set")
+
+
+def _json_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE too")
+
+
+def _train_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", default="digits", help="data set: digits, fashion-mnist")
+    sub.add_argument("--data-dir", help="folder with the files of the data set")
+    sub.add_argument("--out", type=Path, help="folder for the checkpoint (default: runs/DATA)")
+    sub.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    sub.add_argument("--epochs", type=int, default=20)
+    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
+    sub.add_argument("--weight-decay", type=float, default=0.05)
+    sub.add_argument("--shift", type=int, default=2, help="random shift of the images in pixels")
+    sub.add_argument("--limit", type=int, help="train on the first LIMIT images only")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
+    model = sub.add_argument_group("model")
+    model.add_argument("--image-size", type=int, default=32, help="images are resized to this")
+    model.add_argument("--embed-dim", type=int, default=64)
+    model.add_argument("--depth", type=int, default=4)
+    model.add_argument("--heads", type=int, default=4)
+    model.add_argument("--timesteps", type=int, default=4)
+    halting = sub.add_argument_group("halting and merging")
+    halting.add_argument(
+        "--halting", default="rectangle", choices=("rectangle", "depth", "sequential", "none")
+    )
+    halting.add_argument(
+        "--score", default="first", choices=("first", "mean", "linear", "constant")
+    )
+    halting.add_argument(
+        "--target", type=float, default=0.5, help="share of cells to execute, the budget"
+    )
+    halting.add_argument("--ponder-weight", type=float, default=1.0)
+    halting.add_argument(
+        "--no-budget", action="store_true", help="weigh the ponder loss alone, without a target"
+    )
+    halting.add_argument("--merge-r", type=int, default=0, help="pairs to merge at each boundary")
+
+
+# -- helpers ----------------------------------------------------------------------------------------
+
+
+def _console() -> Any:
+    require("rich", "cli", "the atsnn command")
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise InvalidValue(f"--json: expected a file that can be written, got {error}") from error
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The checkpoint and the test images it is asked to run on."""
+    from . import data
+    from .checkpoint import from_pretrained
+    from .checks import check_integer
+
+    model = from_pretrained(args.checkpoint)
+    split = data.load(args.data, model.config.image_size, args.data_dir)["test"]
+    limit = getattr(args, "limit", None)
+    if limit is not None:
+        check_integer(args.command, "--limit", limit, at_least=1)
+        split = data.Split(split.images[:limit], split.labels[:limit])
+    channels = split.images.shape[1]
+    if channels != model.config.in_channels:
+        raise InvalidValue(
+            f"{args.command}: {args.checkpoint} expects images with {model.config.in_channels} "
+            f"channels, got {args.data} with {channels}"
+        )
+    return model, split
+
+
+# -- commands ---------------------------------------------------------------------------------------
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .checkpoint import PACKAGED
+    from .measure import machine
+    from .ops import available_backends, native_level
+
+    console = _console()
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "backends": available_backends(),
+        "instruction_set": native_level(),
+        "checkpoints": [name for name, folder in PACKAGED.items() if folder.is_dir()],
+    }
+    m = found["machine"]
+    console.print(f"atsnn {m['atsnn']}   torch {m['torch']}   python {m['python']}")
+    console.print(f"{m['processor']}, {m['cores']} cores, {m['threads']} threads")
+    console.print(f"PyTorch computes with {m['pytorch_instruction_set']}")
+    for name, state in found["backends"].items():
+        level = f", {native_level()}" if name == "native" and native_level() else ""
+        console.print(f"backend {name:<10} {'available' + level if state is True else state}")
+    console.print(f"checkpoints        {', '.join(found['checkpoints'])}")
+    _write_json(args.json, found)
+    return GOOD
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from . import bench, measure, report
+    from .checkpoint import PACKAGED, from_pretrained
+
+    console = _console()
+    model, split = _load(args)
+    controls = {}
+    if args.checkpoint == "digits" and args.data == "digits":
+        controls = {
+            "trained without halting": from_pretrained("digits-dense"),
+            "constant score (control)": from_pretrained("digits-constant"),
+        }
+        assert set(PACKAGED) >= {"digits-dense", "digits-constant"}
+    with measure.threads(args.threads), console.status("starting") as status:
+        try:
+            result = bench.bench(
+                model, split, controls=controls, batches=args.batch, rounds=args.rounds,
+                log=status.update,
+            )  # fmt: skip
+        except bench.GateFailed as error:
+            print(f"atsnn: {error}", file=sys.stderr)
+            return FAILED
+    result["checkpoint"], result["data"] = args.checkpoint, args.data
+    console.print(f"[bold]atsnn bench[/bold]  checkpoint {args.checkpoint}, data {args.data}")
+    report.print_all(console, report.bench_tables(result))
+    if controls:
+        console.print(
+            "On these digits one block nearly suffices and a constant schedule does as well as a "
+            "learned one: nothing is claimed about adaptivity here."
+        )
+    _write_json(args.json, result)
+    return GOOD
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from . import report
+    from .train import evaluate
+
+    console = _console()
+    model, split = _load(args)
+    if args.halting_off:
+        model = model.without_halting()
+    found = evaluate(model, split).to_dict()
+    found["score"] = model.config.score if model.config.halting else None
+    found["halting"] = model.config.halting
+    console.print(report.evaluation_table({args.checkpoint: found}))
+    _write_json(args.json, found | {"checkpoint": args.checkpoint, "data": args.data})
+    return GOOD
+
+
+def _show(args: argparse.Namespace) -> int:
+    from . import report
+    from .checks import check_integer
+
+    model, split = _load(args)
+    check_integer("show", "--count", args.count, at_least=1, at_most=64)
+    check_integer("show", "--start", args.start, at_least=0, at_most=len(split) - 1)
+    if args.out.suffix.lower() != ".png":
+        raise InvalidValue(f"show: --out must end in .png, got {args.out}")
+    path = report.depth_map(model, split, args.out, args.count, args.start)
+    _console().print(f"wrote {path}")
+    return GOOD
+
+
+def _train(args: argparse.Namespace) -> int:
+    from . import data, measure
+    from .checks import check_choice
+    from .nn.config import SpikformerConfig
+    from .train import TrainConfig, train
+
+    check_choice("train", "--data", args.data, data.DATASETS)
+    console = _console()
+    config = TrainConfig(
+        SpikformerConfig(
+            image_size=args.image_size, in_channels=1, num_classes=10, embed_dim=args.embed_dim,
+            depth=args.depth, num_heads=args.heads, T=args.timesteps,
+            halting=None if args.halting == "none" else args.halting, score=args.score,
+            merge_r=args.merge_r,
+        ),
+        data=args.data, data_dir=args.data_dir, epochs=args.epochs, batch_size=args.batch_size,
+        lr=args.lr, weight_decay=args.weight_decay, shift=args.shift, limit=args.limit,
+        seed=args.seed, target=None if args.no_budget else args.target,
+        ponder_weight=args.ponder_weight,
+    )  # fmt: skip
+    folder = args.out or Path("runs") / args.data
+    with measure.threads(args.threads):
+        _, found = train(
+            config, folder, resume=args.resume, progress=sys.stderr.isatty(),
+            log=lambda line: console.print(line),
+        )  # fmt: skip
+    console.print(
+        f"test accuracy {found.accuracy:.2%}, {found.cells:.1%} of cells executed; "
+        f"checkpoint in {folder}"
+    )
+    return GOOD
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 (good), 1 (a check failed) or 2 (wrong use)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except AtsnnError as error:
+        print(f"atsnn: {error}", file=sys.stderr)
+        return WRONG_USE
+    except BrokenPipeError:
+        return GOOD
+    except KeyboardInterrupt:
+        print("atsnn: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Timing: interleaved, warm, medians; realized fraction."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checks import check_integer
+from .ops import native_level
+
+__all__ = ["Timing", "interleaved", "machine", "realized_fraction", "threads"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round.
+
+    Attributes
+    ----------
+    seconds : tuple of float
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles over the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {"median_s": self.median, "spread": self.spread, "rounds": len(self.seconds)}
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    warmup: int = 3,
+    least_seconds: float = 2e-3,
+) -> dict[str, Timing]:
+    """Time functions in turns (A B C A B C ...), so that a noisy neighbour meets them all.
+
+    Parameters
+    ----------
+    functions : mapping of str to callable
+    rounds : int
+        Timed rounds; each gives one value a function.
+    warmup : int
+        Rounds before, not timed.
+    least_seconds : float
+        A value is the mean of as many calls as take about this long.
+    """
+    check_integer("interleaved", "rounds", rounds, at_least=1)
+    check_integer("interleaved", "warmup", warmup, at_least=1)
+    calls = {}
+    for name, function in functions.items():
+        for _ in range(warmup):
+            start = time.perf_counter()
+            function()
+            once = time.perf_counter() - start
+        calls[name] = max(1, round(least_seconds / max(once, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            seconds[name].append((time.perf_counter() - start) / calls[name])
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def realized_fraction(
+    before_s: float, after_s: float, before_flops: float, after_flops: float
+) -> float | None:
+    """Share of latency saved over share of FLOPs saved; None where no FLOPs were saved."""
+    saved = 1 - after_flops / before_flops
+    return None if saved <= 0 else (1 - after_s / before_s) / saved
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[int]:
+    """Run with ``number`` threads (None: as many as now), and restore them."""
+    now = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(check_integer("threads", "number", number, at_least=1))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(now)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on: processor, cores, threads, instruction set, versions."""
+    import os
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": native_level() or "none",
+        "pytorch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "atsnn": metadata.version("atsnn"),
+    }

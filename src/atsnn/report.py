@@ -1,0 +1,220 @@
+"""What people see: tables in the terminal and pictures of where tokens halt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checks import require
+from .data import Split
+from .nn.model import ATSpikformer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+__all__ = ["bench_tables", "depth_map", "evaluation_table"]
+
+PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+                  pad_edge=False)  # fmt: skip
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _quantity(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def evaluation_table(rows: dict[str, dict[str, Any]]) -> Table:
+    """Accuracy and executed cells, a model a row."""
+    table = _table("Accuracy", "model", "score", "accuracy", "images", "cells executed")
+    for name, row in rows.items():
+        table.add_row(
+            name, row.get("score") or "-", _percent(row["accuracy"], 2), str(row["images"]),
+            _percent(row["cells"]),
+        )  # fmt: skip
+    return table
+
+
+def _cells_table(cost: dict[str, Any]) -> Table:
+    cells = torch.tensor(cost["cells"], dtype=torch.float64)
+    share = cells / torch.tensor(cost["dense"]["cells"], dtype=torch.float64)
+    steps = share.shape[1]
+    table = _table(
+        "Share of cells executed", "block", *(f"t = {t + 1}" for t in range(steps)), "all t"
+    )
+    for number, row in enumerate(share, 1):
+        table.add_row(str(number), *map(_percent, row.tolist()), _percent(float(row.mean())))
+    table.add_section()
+    by_time = share.mean(0).tolist()
+    table.add_row("all", *map(_percent, by_time), _percent(float(share.mean())))
+    return table
+
+
+def _saved(now: float, dense: float) -> str:
+    return "-" if dense == 0 else _percent(1 - now / dense)
+
+
+def _cost_table(cost: dict[str, Any], images: int) -> Table:
+    dense = cost["dense"]
+    table = _table(
+        f"Cost an image, counted over {images} images", "part", "FLOPs off", "on", "saved",
+        "SOPs off", "on", "saved",
+    )  # fmt: skip
+    for part in (*PARTS, "total"):
+        if part == "total":
+            table.add_section()
+        values = []
+        for quantity in ("flops", "sops"):
+            off, on = dense[quantity][part] / images, cost[quantity][part] / images
+            values += [_quantity(off), _quantity(on), _saved(on, off)]
+        table.add_row(part, *values)
+    return table
+
+
+def _latency_table(rows: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "Latency", "batch", "scope", "off", "on", "latency saved", "FLOPs saved", "realized"
+    )
+    for row in rows:
+        for scope in ("blocks", "model"):
+            one = row[scope]
+            fraction = one["realized_fraction"]
+            times = [f"{1e3 * one[k]['median_s']:.2f} ms" for k in ("off", "on")]
+            table.add_row(
+                str(row["batch"]), scope, *times, _percent(one["latency_saved"]),
+                _percent(one["flops_saved"]), "-" if fraction is None else f"{fraction:.2f}",
+            )  # fmt: skip
+    return table
+
+
+def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
+    """Everything ``atsnn bench`` prints."""
+    m = result["machine"]
+    spreads = [
+        row[scope][k]["spread"]
+        for row in result["latency"] for scope in ("blocks", "model") for k in ("off", "on")
+    ]  # fmt: skip
+    rounds = result["latency"][0]["model"]["on"]["rounds"] if result["latency"] else 0
+    out: list[RenderableType] = [
+        f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, "
+        f"torch {m['torch']}, atsnn {m['atsnn']}",
+        f"checked first: {result['gate']}",
+        "",
+        evaluation_table(result["accuracy"]),
+        _cells_table(result["cost"]),
+        _cost_table(result["cost"], result["cost_images"]),
+        _latency_table(result["latency"]),
+    ]
+    if result["latency"]:
+        out.append(
+            f"medians of {rounds} interleaved rounds; quartile distance up to "
+            f"{100 * max(spreads):.0f} % of the median. realized = latency saved / FLOPs saved."
+        )
+    if result["execution"] == "masked":
+        out.append(
+            "This run executed the masked form: every cell is computed and the halted ones are "
+            "zeroed, so the FLOPs counted as saved were not saved in time, and the realized "
+            "fraction is near zero or below."
+        )
+    return out
+
+
+def print_all(console: Console, parts: list[RenderableType]) -> None:
+    for part in parts:
+        console.print(part)
+
+
+def depth_map(
+    model: ATSpikformer, split: Split, path: str | Path, count: int = 6, start: int = 0
+) -> Path:
+    """Draw images with, for each token, the blocks and timesteps it was computed for.
+
+    A row an image: the image; for each timestep the number of blocks each token ran (its depth);
+    for each block the number of timesteps each token ran.
+
+    Parameters
+    ----------
+    model : ATSpikformer
+    split : Split
+        Images and labels.
+    path : path
+        The PNG to write.
+    count, start : int
+        How many images, and the first.
+    """
+    require("matplotlib", "train", "drawing")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    c = model.config
+    images = split.images[start : start + count]
+    with torch.no_grad():
+        trace = model.eval()(images, return_trace=True)
+    predicted = trace.logits.argmax(1)
+    # A merged token counts where the token that holds it was computed.
+    ran = trace.active.gather(3, trace.source.expand(trace.active.shape)).float()
+    side, columns, rows = c.grid, 1 + c.T + c.depth, len(images)
+    by_time, by_block = ran.sum(0), ran.sum(1)  # [T, B, N], [L, B, N]
+    figure = Figure(figsize=(1.25 * columns + 1.3, 1.3 * rows + 1.1), dpi=120)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        rows, columns + 1, left=0.09, right=0.93, top=1 - 0.75 / (1.3 * rows + 1.1), bottom=0.03,
+        wspace=0.08, hspace=0.12, width_ratios=[1] * (1 + c.T) + [0.18] + [1] * c.depth,
+    )  # fmt: skip
+    shown = []
+    for b in range(rows):
+        axes = figure.add_subplot(grid[b, 0])
+        picture = images[b].movedim(0, -1).squeeze(-1)
+        axes.imshow(picture, cmap="gray" if picture.dim() == 2 else None, vmin=0, vmax=1)
+        label, guess = int(split.labels[start + b]), int(predicted[b])
+        axes.set_ylabel(f"label {label}\ngot {guess}", rotation=0, ha="right", va="center",
+                        fontsize=8, color="black" if label == guess else "#b00020")  # fmt: skip
+        shown.append(axes)
+        if b == 0:
+            axes.set_title("image", fontsize=8)
+        maps = [(by_time[t, b], c.depth, f"t = {t + 1}", "viridis", 1 + t) for t in range(c.T)]
+        maps += [
+            (by_block[block, b], c.T, f"block {block + 1}", "magma", 2 + c.T + block)
+            for block in range(c.depth)
+        ]
+        for values, top, title, colours, column in maps:
+            axes = figure.add_subplot(grid[b, column])
+            axes.imshow(values.view(side, side), cmap=colours, vmin=0, vmax=top)
+            if side <= 8:
+                for token, value in enumerate(values.tolist()):
+                    axes.text(token % side, token // side, int(value), ha="center", va="center",
+                              fontsize=5, color="white" if value < 0.6 * top else "black")  # fmt: skip
+            if b == 0:
+                axes.set_title(title, fontsize=8)
+            shown.append(axes)
+    for axes in shown:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    top = 1 - 0.3 / (1.3 * rows + 1.1)
+    left, middle = 0.09 + 0.84 / columns, 0.09 + 0.84 * (1 + c.T) / columns
+    figure.text(left, top, f"blocks computed at timestep t (of {c.depth})", fontsize=9)
+    figure.text(middle + 0.015, top, f"timesteps computed in a block (of {c.T})", fontsize=9)
+    share = float(ran.mean())
+    figure.text(0.01, top, f"{100 * share:.0f} % of cells", fontsize=9)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
