@@ -1,0 +1,53 @@
+# Everything happens in .venv; `make test` and `make bench` are all a new user needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(CSRC)
+PY_FILES := src kernels tests benchmarks setup.py
+
+.PHONY: help bench test lint format build docs clean
+
+help:
+	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
+	@echo "make test     set up and run the tests"
+	@echo "make lint     ruff, mypy, clang-format"
+	@echo "make format   ruff and clang-format, in place"
+	@echo "make build    set up and build the extension"
+	@echo "make clean    remove what was built"
+
+# The environment: pinned, so that everybody tests the same. The judge of the tests comes without
+# its dependencies, which would replace this PyTorch.
+$(VENV)/.installed: requirements/dev.txt requirements/peers.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, got %s" % sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/peers.txt
+	@touch $@
+
+# No build isolation: the extension must be built against the PyTorch it runs beside.
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CSRC)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(VENV)/.built
+
+bench: build
+	$(BIN)/atsnn bench
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check $(PY_FILES)
+	$(BIN)/ruff format --check $(PY_FILES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix $(PY_FILES)
+	$(BIN)/ruff format $(PY_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info src/*.egg-info src/atsnn/_C*.so

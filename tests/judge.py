@@ -1,0 +1,44 @@
+"""SpikingJelly 2.0 as the outside judge, behind the signature of ``atsnn.functional.neuron``."""
+
+from __future__ import annotations
+
+import torch
+from spikingjelly.activation_based import functional, surrogate
+from torch import Tensor
+
+SURROGATES = {
+    "sigmoid": surrogate.Sigmoid,
+    "atan": surrogate.ATan,
+    "piecewise_quadratic": surrogate.PiecewiseQuadratic,
+    "piecewise_exp": surrogate.PiecewiseExp,
+    "soft_sign": surrogate.SoftSign,
+    "super_spike": surrogate.SuperSpike,
+    "erf": surrogate.Erf,
+}
+
+
+def neuron(
+    x: Tensor,
+    v: Tensor | None = None,
+    *,
+    kind: str = "lif",
+    tau: float = 2.0,
+    w: Tensor | None = None,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    decay_input: bool = True,
+    detach_reset: bool = False,
+    surrogate: str = "sigmoid",
+    alpha: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Spikes and final membrane; a PLIF is given by ``w``, where ``inv_tau = sigmoid(w)``."""
+    if v is None:
+        v = torch.full_like(x[0], 0.0 if v_reset is None else v_reset)
+    make = SURROGATES[surrogate]
+    derivative = make() if alpha is None else make(alpha=alpha)
+    last = (v_threshold, v_reset, derivative, detach_reset, False)
+    if kind == "lif":
+        return functional.lif_multi_step(x, v, tau, decay_input, *last)[:2]
+    if kind == "if":
+        return functional.if_multi_step(x, v, *last)[:2]
+    return functional.plif_multi_step(x, v, w, decay_input, *last)[:2]
