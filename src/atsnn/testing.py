@@ -114,15 +114,18 @@ def _spread_halting(model: ATSpikformer, images: Tensor) -> None:
     """Choose ``alpha`` and ``beta`` so that about 60 % of the cells run, at many depths."""
     halting = model.halting
     assert halting is not None
-    halting.alpha.fill_(0.25)
     if halting.weight is not None:
-        weight = torch.arange(len(halting.weight)) % 5 - 2
-        halting.weight.copy_(weight / 8)
+        halting.weight.copy_((torch.arange(len(halting.weight)) % 5 - 2) / 8)
+    # Of the tokens after block 1: alpha makes their scores differ, beta sets how many run.
+    tokens, _ = model.block[0].forward_with_keys(model.embed(images), Context())
+    f = tokens[..., 0] if halting.score == "first" else tokens.mean(-1)
+    halting.alpha.fill_(2.0 ** float(torch.log2(1 / f.std().clamp(2.0**-4, 4)).round()))
+    centre = -round(float(halting.alpha * f.mean())) if halting.score in ("first", "mean") else 0
     best, choice = float("inf"), 0.0
-    for beta in torch.arange(-5.0, 1.01, 0.25).tolist():
-        halting.beta.fill_(beta)
+    for quarters in range(-20, 5):
+        halting.beta.fill_(centre + quarters / 4)
         trace = cast(Trace, model(images, return_trace=True))
         miss = abs(float(trace.active.double().mean()) - 0.6)
         if miss < best:
-            best, choice = miss, beta
+            best, choice = miss, centre + quarters / 4
     halting.beta.fill_(choice)

@@ -44,6 +44,19 @@ from .stem import SpikingPatchSplitting
 EXECUTIONS = ("masked",)
 
 
+class Head(nn.Linear):
+    """A linear layer that adds in float64 and rounds once.
+
+    The readout has up to 24 significant bits, so float32 sums would depend on the order of
+    addition, which the matrix product chooses by the size of the batch. So an image's logits do
+    not depend on the images beside it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.double()
+        return nn.functional.linear(x.double(), self.weight.double(), bias).to(self.weight.dtype)
+
+
 @dataclass
 class Trace:
     """What a forward pass did, beside its logits.
@@ -166,7 +179,7 @@ class ATSpikformer(nn.Module):
                 )
             mlp = MLP(dim, int(dim * config.mlp_ratio), **common)
             self.block.append(SpikformerBlock(attention, mlp))
-        self.head = nn.Linear(dim, config.num_classes)
+        self.head = Head(dim, config.num_classes)
         self.halting: Halting | None = None
         if config.halting is not None:
             self.halting = Halting(
@@ -310,7 +323,7 @@ class ATSpikformer(nn.Module):
             run.H, run.active = after, goes_on
             if len(self.merge) and number + 1 < L and keys is not None:
                 x = self._merge(run, x, keys, self.merge[number])
-        logits = self.head(readout(run.features, max(T * N, 1)).to(self.head.weight.dtype))
+        logits = self.head(readout(run.features, max(T * N, 1)))
         if not return_trace:
             return logits
         assert rates is not None
@@ -368,7 +381,7 @@ class ATSpikformer(nn.Module):
         depth = ran.sum(0)
         timesteps = (depth > 0).sum(0).clamp(min=1)
         per_token = features / timesteps.double().unsqueeze(-1)
-        logits = self.head(readout(per_token.sum(1), max(N, 1)).to(self.head.weight.dtype))
+        logits = self.head(readout(per_token.sum(1), max(N, 1)))
         if not return_trace:
             return logits
         assert rates is not None
