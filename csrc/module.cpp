@@ -43,15 +43,14 @@ std::string level_name() {
 }
 
 #if defined(__x86_64__)
-#define ATSNN_AT_LEVEL(call)                       \
-  (level() == Level::avx512 ? avx512::call         \
-   : level() == Level::avx2 ? avx2::call           \
-                            : portable::call)
+#define ATSNN_AT_LEVEL(call) \
+  (level() == Level::avx512 ? avx512::call : level() == Level::avx2 ? avx2::call : portable::call)
 #else
 #define ATSNN_AT_LEVEL(call) (portable::call)
 #endif
 
-// ---- from torch's types to the kernels' -----------------------------------------------------------
+// ---- from torch's types to the kernels'
+// -----------------------------------------------------------
 
 template <class S>
 struct Storage {
@@ -101,7 +100,8 @@ Rows as_rows(const Tensor& x) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- neuron ---------------------------------------------------------------------------------------
+// ---- neuron
+// ---------------------------------------------------------------------------------------
 
 Surrogate surrogate_of(c10::string_view name) {
   if (name == "sigmoid") return Surrogate::sigmoid;
@@ -228,8 +228,9 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
       ATSNN_AT_LEVEL(neuron_backward<S>(a, p, scratch.data(), begin, end));
     });
   });
-  Tensor grad_inv_tau = want_factor ? partial.sum().to(inv_tau->scalar_type()).view(inv_tau->sizes())
-                                    : at::empty({0}, state);
+  Tensor grad_inv_tau = want_factor
+                            ? partial.sum().to(inv_tau->scalar_type()).view(inv_tau->sizes())
+                            : at::empty({0}, state);
   return {grad_x, grad_v_init, grad_inv_tau};
 }
 

@@ -96,7 +96,8 @@ def test_halting_off_is_spikingjellys_spikformer_on_real_weights(training):
         for p in ours.parameters():
             p.add_(torch.randn_like(p) * 0.02 * p.abs().mean())
     theirs = Spikformer(
-        img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=64, num_heads=4, depths=2
+        img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=64, num_heads=4,
+        depths=2,
     )  # fmt: skip
     carry_over(ours, theirs)
     ours.train(training), theirs.train(training)
@@ -338,7 +339,11 @@ def test_execution():
 
 
 BAD_IMAGES = [
-    (lambda: torch.zeros(1, 3, 16, 16), InvalidValue, r"\(C, H, W\) = \(2, 16, 16\), got \(1, 3, 16"),
+    (
+        lambda: torch.zeros(1, 3, 16, 16),
+        InvalidValue,
+        r"\(C, H, W\) = \(2, 16, 16\), got \(1, 3, 16",
+    ),
     (lambda: torch.zeros(1, 2, 17, 16), InvalidValue, "images must have shape"),
     (lambda: torch.zeros(2, 16, 16), InvalidValue, "images must have shape"),
     (lambda: torch.zeros(0, 1, 2, 16, 16), InvalidValue, "T >= 1 timesteps, got T = 0"),

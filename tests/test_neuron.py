@@ -85,7 +85,9 @@ def test_gradients_equal_the_judge(backend, surrogate, shape, settings, seed, st
             name = "inv_tau" if "inv_tau" in arguments else "w"
             arguments[name] = leaves["w"].sigmoid() if name == "inv_tau" else leaves["w"]
         out = function(leaves["x"], leaves.get("v"), surrogate=surrogate, **arguments, **extra)
-        return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grads), strict=True))
+        return dict(
+            zip(leaves, torch.autograd.grad(out, list(leaves.values()), grads), strict=True)
+        )
 
     got = gradients(F.neuron, ours, backend=backend)
     want = gradients(judge.neuron, theirs)
@@ -154,9 +156,7 @@ def test_levels_and_threads_agree_bit_for_bit():
     found = {}
     for asked, used in LEVELS:
         if asked in usable:
-            level, *digests = run_at_level(
-                asked, code.format("t.digest(1), t.digest(2)")
-            ).split()
+            level, *digests = run_at_level(asked, code.format("t.digest(1), t.digest(2)")).split()
             assert level == used
             found[asked] = digests
     assert len({d for pair in found.values() for d in pair}) == 1, found
@@ -340,8 +340,8 @@ def test_gradcheck_of_the_reset_path_in_float64():
     for decay in (True, False):
         assert torch.autograd.gradcheck(
             lambda x, v, i, decay=decay: F.neuron(
-                x, v, kind="plif", inv_tau=i, v_threshold=50.0, decay_input=decay, detach_reset=True,
-                surrogate="piecewise_quadratic",
+                x, v, kind="plif", inv_tau=i, v_threshold=50.0, decay_input=decay,
+                detach_reset=True, surrogate="piecewise_quadratic",
             )[1],
             (x, v, inv_tau),
         )  # fmt: skip

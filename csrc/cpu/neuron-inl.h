@@ -60,7 +60,8 @@ ATSNN_INLINE vec<A> surrogate_derivative(vec<A> z, A alpha) {
     return alpha / (y * y);
   } else {
     const vec<A> y = alpha * z;
-    return exp2_of_negative(static_cast<A>(-log2_e) * (y * y)) * (alpha / static_cast<A>(1.77245385090551602730));
+    return exp2_of_negative(static_cast<A>(-log2_e) * (y * y)) *
+           (alpha / static_cast<A>(1.77245385090551602730));
   }
 }
 
@@ -188,8 +189,9 @@ ATSNN_INLINE void put_at(A* row, int k, int64_t columns, vec<A> v) {
 
 // u[t] before the reset: what the backward needs, made again from the input.
 template <Charge kind, bool multiply, bool hard, bool full, class S>
-ATSNN_NOINLINE void recompute_block(const NeuronBackward<S>& a, const Constants<arithmetic_t<S>>& settings,
-                     Block b, arithmetic_t<S>* u) {
+ATSNN_NOINLINE void recompute_block(const NeuronBackward<S>& a,
+                                    const Constants<arithmetic_t<S>>& settings, Block b,
+                                    arithmetic_t<S>* u) {
   using A = arithmetic_t<S>;
   const Constants<A> c = settings;  // a copy, which the stores below cannot alias
   constexpr int64_t width = Simd<A>::width;
@@ -219,8 +221,7 @@ ATSNN_NOINLINE void recompute_block(const NeuronBackward<S>& a, const Constants<
 template <Surrogate surrogate, bool hard, bool detach, bool full, class S>
 ATSNN_NOINLINE void reverse_block(const NeuronBackward<S>& a, const NeuronParams& p,
                                   const Constants<arithmetic_t<S>>& settings, Block b,
-                                  const arithmetic_t<S>* u, arithmetic_t<S>* grad_u,
-                                  int64_t keep) {
+                                  const arithmetic_t<S>* u, arithmetic_t<S>* grad_u, int64_t keep) {
   using A = arithmetic_t<S>;
   const Constants<A> c = settings;  // a copy, which the stores below cannot alias
   constexpr int64_t width = Simd<A>::width;
@@ -234,9 +235,9 @@ ATSNN_NOINLINE void reverse_block(const NeuronBackward<S>& a, const NeuronParams
   }
   for (int64_t t = a.T - 1; t >= 0; --t) {
     const A* potential = u + t * block_width<A>;
-    const A* grad_s = a.grad_spikes ? widened(a.grad_spikes + t * a.grad_stride + b.begin,
-                                              wide_grad, b.columns)
-                                    : wide_grad;
+    const A* grad_s =
+        a.grad_spikes ? widened(a.grad_spikes + t * a.grad_stride + b.begin, wide_grad, b.columns)
+                      : wide_grad;
     S* row = a.grad_x + t * a.M + b.begin;
     A* grad_x = writable(row, out);
     A* kept = grad_u + t * keep;
@@ -335,8 +336,8 @@ void with_surrogate(const NeuronParams& p, F f) {
     }
   };
   switch (p.surrogate) {
-#define ATSNN_CASE(NAME)   \
-  case Surrogate::NAME:    \
+#define ATSNN_CASE(NAME) \
+  case Surrogate::NAME:  \
     return reset(integral_constant<Surrogate, Surrogate::NAME>{});
     ATSNN_CASE(sigmoid)
     ATSNN_CASE(atan)
@@ -349,7 +350,8 @@ void with_surrogate(const NeuronParams& p, F f) {
   }
 }
 
-// ---- what neuron.h declares ----------------------------------------------------------------------
+// ---- what neuron.h declares
+// ----------------------------------------------------------------------
 
 template <class S>
 void neuron_forward(const NeuronForward<S>& a, const NeuronParams& p, int64_t tile_begin,
@@ -398,9 +400,9 @@ void neuron_backward(const NeuronBackward<S>& a, const NeuronParams& p, arithmet
   }
 }
 
-#define ATSNN_INSTANTIATE(S)                                                                     \
+#define ATSNN_INSTANTIATE(S)                                                                       \
   template void neuron_forward<S>(const NeuronForward<S>&, const NeuronParams&, int64_t, int64_t); \
-  template void neuron_backward<S>(const NeuronBackward<S>&, const NeuronParams&,                \
+  template void neuron_backward<S>(const NeuronBackward<S>&, const NeuronParams&,                  \
                                    arithmetic_t<S>*, int64_t, int64_t);
 ATSNN_INSTANTIATE(float)
 ATSNN_INSTANTIATE(double)

@@ -33,7 +33,7 @@ struct NeuronParams {
   bool multiply;  // `factor` is 1/tau and is multiplied by; otherwise it is tau and divided by
   double factor;
   double v_threshold;
-  double v_reset;   // 0 under a soft reset
+  double v_reset;  // 0 under a soft reset
   bool hard_reset;
   bool detach_reset;
   Surrogate surrogate;
@@ -42,7 +42,7 @@ struct NeuronParams {
 
 template <class S>
 struct NeuronForward {
-  const S* x;                     // [T, M], rows `x_stride` apart (0: the same input at each step)
+  const S* x;  // [T, M], rows `x_stride` apart (0: the same input at each step)
   int64_t x_stride;
   const arithmetic_t<S>* v_init;  // [M], or null: v_reset
   S* spikes;                      // [T, M]
@@ -52,15 +52,15 @@ struct NeuronForward {
 
 template <class S>
 struct NeuronBackward {
-  const S* x;                       // [T, M], rows `x_stride` apart
+  const S* x;  // [T, M], rows `x_stride` apart
   int64_t x_stride;
-  const arithmetic_t<S>* v_init;    // [M], or null: v_reset
-  const S* grad_spikes;             // [T, M], rows `grad_stride` apart, or null: zero
+  const arithmetic_t<S>* v_init;  // [M], or null: v_reset
+  const S* grad_spikes;           // [T, M], rows `grad_stride` apart, or null: zero
   int64_t grad_stride;
-  const arithmetic_t<S>* grad_v;    // [M], or null: zero
-  S* grad_x;                        // [T, M]
-  arithmetic_t<S>* grad_v_init;     // [M], or null: not wanted
-  double* grad_factor;              // one partial sum a column tile, or null: not wanted
+  const arithmetic_t<S>* grad_v;  // [M], or null: zero
+  S* grad_x;                      // [T, M]
+  arithmetic_t<S>* grad_v_init;   // [M], or null: not wanted
+  double* grad_factor;            // one partial sum a column tile, or null: not wanted
   int64_t T, M;
 };
 
@@ -72,14 +72,14 @@ constexpr int64_t neuron_backward_tile = 512;
 // of at most 64 columns, and their gradients.
 constexpr int64_t neuron_backward_scratch(int64_t T) { return 2 * (T + 1) * 64; }
 
-#define ATSNN_DECLARE_NEURON(LEVEL)                                                        \
-  namespace LEVEL {                                                                        \
-  template <class S>                                                                       \
-  void neuron_forward(const NeuronForward<S>&, const NeuronParams&, int64_t tile_begin,    \
-                      int64_t tile_end);                                                   \
-  template <class S>                                                                       \
-  void neuron_backward(const NeuronBackward<S>&, const NeuronParams&, arithmetic_t<S>*     \
-                       scratch, int64_t tile_begin, int64_t tile_end);                     \
+#define ATSNN_DECLARE_NEURON(LEVEL)                                                             \
+  namespace LEVEL {                                                                             \
+  template <class S>                                                                            \
+  void neuron_forward(const NeuronForward<S>&, const NeuronParams&, int64_t tile_begin,         \
+                      int64_t tile_end);                                                        \
+  template <class S>                                                                            \
+  void neuron_backward(const NeuronBackward<S>&, const NeuronParams&, arithmetic_t<S>* scratch, \
+                       int64_t tile_begin, int64_t tile_end);                                   \
   }
 ATSNN_DECLARE_NEURON(portable)
 ATSNN_DECLARE_NEURON(avx2)

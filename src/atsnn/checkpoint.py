@@ -51,10 +51,10 @@ def _locate(name: str | Path) -> Path:
     if isinstance(name, str) and name in PACKAGED:
         return PACKAGED[name]
     path = Path(name)
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
     known = ", ".join(PACKAGED)
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(
             f"from_pretrained: expected a folder with {CONFIG} and {WEIGHTS}, got the file {path}"
         )

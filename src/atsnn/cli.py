@@ -110,7 +110,7 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
     halting.add_argument("--merge-r", type=int, default=0, help="pairs to merge at each boundary")
 
 
-# -- helpers ----------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
 
 
 def _console() -> Any:
@@ -151,7 +151,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, split
 
 
-# -- commands ---------------------------------------------------------------------------------------
+# -- commands -------------------------------------------------------------------------------------
 
 
 def _info(args: argparse.Namespace) -> int:

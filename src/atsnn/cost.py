@@ -175,9 +175,7 @@ def _block(found: Cost, config: SpikformerConfig, trace: Trace, block: int) -> N
     tokens = trace.active[block].sum(-1).flatten()  # of each (t, b)
     R = float(tokens.sum())
     rate_in = rates[f"{prefix}.attn.input"]
-    for name, rate in (
-        ("q", rate_in), ("k", rate_in), ("v", rate_in), ("proj", rates[f"{prefix}.attn.attn_lif"]),
-    ):  # fmt: skip
+    for rate in (rate_in, rate_in, rate_in, rates[f"{prefix}.attn.attn_lif"]):  # q, k, v, proj
         found._layer("attention", R * C * C, rate, R * 2 * C, C * C)
     q, k = rates[f"{prefix}.attn.q_lif"], rates[f"{prefix}.attn.k_lif"]
     if config.attention == "ssa":

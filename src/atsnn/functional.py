@@ -388,7 +388,9 @@ def match_tokens(
             op, "active_steps", check_tensor(op, "active_steps", active_steps), B=B, N=N
         )  # fmt: skip
     if not torch.compiler.is_compiling() and counts.numel():
-        bad = (counts < 0) | (counts != counts.round()) if counts.is_floating_point() else counts < 0
+        bad = (
+            (counts < 0) | (counts != counts.round()) if counts.is_floating_point() else counts < 0
+        )
         if bool(bad.any()):
             raise InvalidValue(f"{op}: counts must be non-negative integers, got {counts[bad][0]}")
     return reference.match_tokens(counts, r, threshold, active_steps, match, generator)

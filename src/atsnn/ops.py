@@ -41,7 +41,7 @@ except ImportError as error:
     _native_missing = f"the extension is not built or does not load: {error}"
 
 
-# -- backends ---------------------------------------------------------------------------------------
+# -- backends -------------------------------------------------------------------------------------
 
 _chosen: ContextVar[str] = ContextVar("atsnn_backend", default="auto")
 
@@ -103,7 +103,7 @@ def resolve_backend(op: str, backend: str, device: torch.device) -> str:
     return "reference"
 
 
-# -- neuron -----------------------------------------------------------------------------------------
+# -- neuron ---------------------------------------------------------------------------------------
 
 
 @torch.library.impl(_library, "neuron", "CompositeExplicitAutograd")
@@ -127,18 +127,14 @@ def _neuron_backward(grad_spikes, grad_v, x, v, inv_tau, *settings):
             factor = inv_tau.detach().requires_grad_()
             inputs.append(factor)
         outputs = reference.neuron(inputs[0], inputs[1], factor, *settings)
-        pairs = [(o, g) for o, g in zip(outputs, (grad_spikes, grad_v), strict=True) if g is not None]
-        pairs = [(o, g) for o, g in pairs if o.requires_grad]
-        grads = (
-            torch.autograd.grad(
+        given = zip(outputs, (grad_spikes, grad_v), strict=True)
+        pairs = [(o, g) for o, g in given if g is not None and o.requires_grad]
+        found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+        if pairs:
+            found = torch.autograd.grad(
                 [o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True
             )
-            if pairs
-            else [None] * len(inputs)
-        )
-    grads = [
-        torch.zeros_like(i) if g is None else g for i, g in zip(inputs, grads, strict=True)
-    ]
+    grads = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
     # The gradient may be a view of grad_v itself (T = 0).
     return (
         grads[0].contiguous(),

@@ -56,13 +56,13 @@ class _Fire(torch.autograd.Function):
     """``s = 1 if z >= 0 else 0``, differentiated by a surrogate."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, surrogate: str, alpha: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, z: Tensor, surrogate: str, alpha: float) -> Tensor:
         ctx.save_for_backward(z)
         ctx.surrogate, ctx.alpha = surrogate, alpha
         return (z >= 0).to(z.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (z,) = ctx.saved_tensors
         return grad * SURROGATES[ctx.surrogate].derivative(z, ctx.alpha), None, None
 
@@ -202,11 +202,11 @@ class _RoundTo(torch.autograd.Function):
     """Round to a multiple of ``2^-bits``, ties to even; the gradient passes straight through."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bits: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, bits: int) -> Tensor:
         return torch.round(x * 2.0**bits) * 2.0**-bits
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -261,7 +261,7 @@ def active_cells(H: Tensor, eps: float, accumulator: str) -> Tensor:
     ``rectangle`` is a prefix in time by itself; for ``depth`` a token that is inactive at one
     timestep stays inactive at the later ones.
     """
-    active = H < 1 - eps
+    active = 1 - eps > H
     return active.cumprod(0).bool() if accumulator == "depth" else active
 
 
@@ -506,7 +506,7 @@ def unmerge_tokens(y: Tensor, source: Tensor) -> Tensor:
     return y.gather(2, source[None, :, :, None].expand(y.shape))
 
 
-# -- batch normalisation over active rows -----------------------------------------------------------
+# -- batch normalisation over active rows ---------------------------------------------------------
 
 MIN_BATCH_NORM_ROWS = 32
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .checks import require
 from .data import Split
@@ -142,6 +143,17 @@ def print_all(console: Console, parts: list[RenderableType]) -> None:
         console.print(part)
 
 
+def _token_map(axes: Any, values: Tensor, top: int, colours: str) -> None:
+    """A heat map of small integers; the numbers stand in the cells while they can be read."""
+    axes.imshow(values, cmap=colours, vmin=0, vmax=top)
+    if len(values) > 8:
+        return
+    for row, line in enumerate(values.tolist()):
+        for column, value in enumerate(line):
+            ink = "white" if value < 0.6 * top else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=5, color=ink)
+
+
 def depth_map(
     model: ATSpikformer, split: Split, path: str | Path, count: int = 6, start: int = 0
 ) -> Path:
@@ -197,23 +209,19 @@ def depth_map(
         ]
         for values, top, title, colours, column in maps:
             axes = figure.add_subplot(grid[b, column])
-            axes.imshow(values.view(side, side), cmap=colours, vmin=0, vmax=top)
-            if side <= 8:
-                for token, value in enumerate(values.tolist()):
-                    axes.text(token % side, token // side, int(value), ha="center", va="center",
-                              fontsize=5, color="white" if value < 0.6 * top else "black")  # fmt: skip
+            _token_map(axes, values.view(side, side), top, colours)
             if b == 0:
                 axes.set_title(title, fontsize=8)
             shown.append(axes)
     for axes in shown:
         axes.set_xticks([])
         axes.set_yticks([])
-    top = 1 - 0.3 / (1.3 * rows + 1.1)
+    above = 1 - 0.3 / (1.3 * rows + 1.1)
     left, middle = 0.09 + 0.84 / columns, 0.09 + 0.84 * (1 + c.T) / columns
-    figure.text(left, top, f"blocks computed at timestep t (of {c.depth})", fontsize=9)
-    figure.text(middle + 0.015, top, f"timesteps computed in a block (of {c.T})", fontsize=9)
+    figure.text(left, above, f"blocks computed at timestep t (of {c.depth})", fontsize=9)
+    figure.text(middle + 0.015, above, f"timesteps computed in a block (of {c.T})", fontsize=9)
     share = float(ran.mean())
-    figure.text(0.01, top, f"{100 * share:.0f} % of cells", fontsize=9)
+    figure.text(0.01, above, f"{100 * share:.0f} % of cells", fontsize=9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

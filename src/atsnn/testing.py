@@ -1,4 +1,4 @@
-"""Exact fixtures: models on a dyadic grid, on which every backend and layout gives the same bits."""
+"""Exact fixtures: models on a dyadic grid, where every backend gives the same bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ BN_EPS = 2.0**-10
 IMAGE_BITS = 4  # images are multiples of 2^-4
 
 
-def exact_images(config: SpikformerConfig, batch: int, seed: int = 0, T: int | None = None) -> Tensor:
+def exact_images(
+    config: SpikformerConfig, batch: int, seed: int = 0, T: int | None = None
+) -> Tensor:
     """Random images on the grid, ``[B, C, H, W]`` (``[T, B, C, H, W]`` if ``T`` is given).
 
     Each is a smooth pattern under noise, so that its tokens differ as those of photographs do.

@@ -92,7 +92,9 @@ class TrainConfig:
         if self.limit is not None:
             check_integer(op, "limit", self.limit, at_least=self.batch_size)
         if self.target is not None and self.model.halting is not None:
-            floor = 1 / (self.model.depth * (self.model.T if self.model.halting == "sequential" else 1))
+            floor = 1 / (
+                self.model.depth * (self.model.T if self.model.halting == "sequential" else 1)
+            )
             check_number(op, "target", self.target, at_least=floor, at_most=1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,7 +195,6 @@ def _shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     rows, columns = dy + torch.arange(H), dx + torch.arange(W)
     picked = padded[torch.arange(M)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return picked.movedim(-1, 1).contiguous()
-
 
 
 def train(
@@ -367,14 +368,15 @@ def _restore(folder: Path, config: TrainConfig, model, optimizer, schedule) -> l
         kept = state["config"]
     except Exception as error:  # torch.load raises many unrelated types on a damaged file
         raise CheckpointError(
-            f"{path}: expected the state of an atsnn training run, got: {type(error).__name__}: {error}"
+            f"{path}: expected the state of an atsnn training run, got: "
+            f"{type(error).__name__}: {error}"
         ) from error
     now = json.loads(json.dumps(config.to_dict()))
     kept = json.loads(json.dumps(kept))
     if kept != now:
-        differ = sorted(
-            k for k in now if k != "model" and kept.get(k) != now[k]
-        ) + sorted(f"model.{k}" for k in now["model"] if kept["model"].get(k) != now["model"][k])
+        differ = sorted(k for k in now if k != "model" and kept.get(k) != now[k]) + sorted(
+            f"model.{k}" for k in now["model"] if kept["model"].get(k) != now["model"][k]
+        )
         raise InvalidValue(
             f"train: --resume expected the settings of the run in {folder}, got others for: "
             f"{', '.join(differ)}"

@@ -9,12 +9,12 @@ from .neurons import IF, LIF, PLIF
 from .stem import SpikingPatchSplitting
 
 __all__ = [
-    "ATSpikformer",
-    "Halting",
     "IF",
     "LIF",
     "MLP",
     "PLIF",
+    "ATSpikformer",
+    "Halting",
     "SpikeDrivenSelfAttention",
     "SpikformerBlock",
     "SpikformerConfig",

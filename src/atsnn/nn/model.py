@@ -166,7 +166,7 @@ class ATSpikformer(nn.Module):
         lif = {"tau": config.tau, "surrogate": config.surrogate, "alpha": config.alpha}
         common: dict[str, Any] = {"bias": config.bias, **lif}
         self.patch_embed = SpikingPatchSplitting(config)
-        self.block = nn.ModuleList()
+        self.block: Any = nn.ModuleList()
         for _ in range(config.depth):
             if config.attention == "ssa":
                 attention: Any = SpikingSelfAttention(
@@ -185,7 +185,7 @@ class ATSpikformer(nn.Module):
             self.halting = Halting(
                 dim, config.score, config.eps, config.halting, depth=config.depth, T=config.T
             )
-        self.merge = nn.ModuleList()
+        self.merge: Any = nn.ModuleList()
         for r in config.merges if config.merging else ():
             threshold = config.merge_threshold
             self.merge.append(
@@ -194,7 +194,7 @@ class ATSpikformer(nn.Module):
             )  # fmt: skip
         self.apply(_initialise)
 
-    # -- execution ----------------------------------------------------------------------------------
+    # -- execution --------------------------------------------------------------------------------
 
     @property
     def execution(self) -> str:
@@ -222,7 +222,7 @@ class ATSpikformer(nn.Module):
 
         return save_pretrained(self, folder)
 
-    # -- forward ------------------------------------------------------------------------------------
+    # -- forward ----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | Trace:
         """Images to logits.
@@ -288,9 +288,7 @@ class ATSpikformer(nn.Module):
         check_finite(op, "images", x)
         return x
 
-    def _parallel(
-        self, x: Tensor, return_trace: bool, rates: _Rates | None
-    ) -> Tensor | Trace:
+    def _parallel(self, x: Tensor, return_trace: bool, rates: _Rates | None) -> Tensor | Trace:
         """All timesteps of a block at once: the rectangle and the depth accumulator, or none."""
         c = self.config
         L, (T, B, N, _) = c.depth, x.shape
@@ -334,9 +332,7 @@ class ATSpikformer(nn.Module):
             rates.rates(),
         )  # fmt: skip
 
-    def _sequential(
-        self, x: Tensor, return_trace: bool, rates: _Rates | None
-    ) -> Tensor | Trace:
+    def _sequential(self, x: Tensor, return_trace: bool, rates: _Rates | None) -> Tensor | Trace:
         """One timestep after the other; a halted token is gone from all that follows."""
         c = self.config
         L, (T, B, N, C) = c.depth, x.shape

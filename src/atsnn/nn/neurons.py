@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Neuron(nn.Module):
         self.step_mode = step_mode
         self.v: Tensor | None = None
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> dict[str, Any]:
         return {}
 
     def run(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ class LIF(Neuron):
         self.tau = check_number("LIF", "tau", tau, above=1)
         self.decay_input = bool(decay_input)
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> dict[str, Any]:
         return {"tau": self.tau, "decay_input": self.decay_input}
 
     def extra_repr(self) -> str:
@@ -152,7 +153,7 @@ class PLIF(Neuron):
         self.decay_input = bool(decay_input)
         self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1.0)))
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> dict[str, Any]:
         return {"inv_tau": self.w.sigmoid(), "decay_input": self.decay_input}
 
     def extra_repr(self) -> str:

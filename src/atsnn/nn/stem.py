@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class SpikingPatchSplitting(nn.Module):
         lif = _lif(config.tau, config.surrogate, config.alpha)
         setattr(self, f"{stem}_lif{number}", lif)
 
-    def _layer(self, part: str, name: str) -> nn.Module:
+    def _layer(self, part: str, name: str) -> Any:
         number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
         return getattr(self, f"{name.rstrip('0123456789')}_{part}{number}")
 

@@ -1,0 +1,156 @@
+"""Checkpoints: what is written comes back, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import atsnn
+from atsnn.checkpoint import CONFIG, PACKAGED, WEIGHTS
+from atsnn.checks import CheckpointError
+from atsnn.testing import exact_images, exact_model
+
+CONFIGURATION = atsnn.SpikformerConfig(
+    image_size=8, in_channels=1, num_classes=3, embed_dim=16, depth=2, num_heads=2, T=2,
+    halting="rectangle", score="linear",
+)  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = exact_model(CONFIGURATION)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_round_trip(saved):
+    model, folder = saved
+    again = atsnn.from_pretrained(folder)
+    assert again.config == model.config and not again.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    images = exact_images(CONFIGURATION, 3)
+    for module in again.modules():  # eps is configuration of BatchNorm, not of the checkpoint
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eps = 2.0**-10
+    with torch.no_grad():
+        assert torch.equal(model(images), again(images))
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_string_and_path_are_both_taken(saved):
+    _, folder = saved
+    assert atsnn.from_pretrained(str(folder)).config == CONFIGURATION
+
+
+def damage_truncate(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def damage_pickle(folder):
+    (folder / WEIGHTS).write_bytes(pickle.dumps({"weights": [1, 2]}))
+
+
+def damage_json(change):
+    def damage(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        change(config)
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return damage
+
+
+def damage_tensors(change):
+    def damage(folder):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return damage
+
+
+DAMAGES = {
+    "truncated": (damage_truncate, "expected a safetensors file"),
+    "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "expected a safetensors file"),
+    "pickled": (damage_pickle, "expected a safetensors file"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "expected a file model.safetensors, got none"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "expected a file config.json, got none"),
+    "not json": (lambda f: (f / CONFIG).write_text("{"), "expected JSON"),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), "expected format 'atsnn', got 'list'"),
+    "not ours": (
+        damage_json(lambda c: c.update(format="bert")), "expected format 'atsnn', got 'bert'",
+    ),
+    "of another version": (
+        damage_json(lambda c: c.update(version=2)), "expected checkpoint version 1, got 2",
+    ),
+    "no model": (damage_json(lambda c: c.pop("model")), "expected a mapping"),
+    "an unknown setting": (damage_json(lambda c: c["model"].update(heads=3)), "got heads"),
+    "a bad setting": (damage_json(lambda c: c["model"].update(T=0)), "T must be a number >= 1"),
+    "a setting of another type": (damage_json(lambda c: c["model"].update(T="4")), "got '4'"),
+    "other shapes": (
+        damage_json(lambda c: c["model"].update(num_classes=4)),
+        r"head.weight must have shape \(4, 16\), got \(3, 16\)",
+    ),
+    "missing tensors": (damage_tensors(lambda t: t.pop("head.bias")), "1 missing"),
+    "foreign tensors": (
+        damage_tensors(lambda t: t.update(x=torch.zeros(1))), r"1 foreign \['x'\]",
+    ),
+    "not a number": (
+        damage_tensors(lambda t: t["head.bias"].fill_(float("nan"))), "head.bias must be finite",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoints_are_refused(saved, name):
+    _, folder = saved
+    damage, message = DAMAGES[name]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        atsnn.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["digit", "no/such/folder", "", "./nowhere", "/nowhere"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(
+        CheckpointError, match=r"expected a packaged name \(digits, digits-constant"
+    ):
+        atsnn.from_pretrained(name)
+
+
+def test_a_file_is_refused(saved):
+    _, folder = saved
+    with pytest.raises(CheckpointError, match="got the file"):
+        atsnn.from_pretrained(folder / WEIGHTS)
+
+
+def test_hub_ids_go_to_the_hub_client(saved, monkeypatch):
+    import huggingface_hub
+
+    _, folder = saved
+    asked = {}
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
+        if repo_id.startswith("missing/"):
+            raise OSError("no such repository\nsecond line")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert atsnn.from_pretrained("someone/spikformer").config == CONFIGURATION
+    assert asked == {"repo_id": "someone/spikformer", "allow_patterns": [CONFIG, WEIGHTS]}
+    with pytest.raises(CheckpointError, match="could not be fetched .* no such repository$"):
+        atsnn.from_pretrained("missing/model")
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_checkpoints_load_and_are_small(name):
+    model = atsnn.from_pretrained(name)
+    assert model.config.image_size == 32
+    size = sum(p.stat().st_size for p in PACKAGED[name].iterdir())
+    assert size < 3 * 2**20
