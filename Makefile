@@ -6,10 +6,11 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(CSRC)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench test lint format build docs clean
+.PHONY: help bench bench-neuron test lint format build docs clean
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
+	@echo "make bench-neuron    time the neuron kernels against SpikingJelly"
 	@echo "make test     set up and run the tests"
 	@echo "make lint     ruff, mypy, clang-format"
 	@echo "make format   ruff and clang-format, in place"
@@ -34,6 +35,9 @@ build: $(VENV)/.built
 
 bench: build
 	$(BIN)/atsnn bench
+
+bench-neuron: build
+	$(BIN)/python -m pytest benchmarks/bench_neuron.py
 
 test: build
 	$(BIN)/python -m pytest
