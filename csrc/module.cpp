@@ -198,9 +198,9 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
                                surrogate, alpha);
   const auto state = x.options().dtype(arithmetic_dtype(x.scalar_type()));
   Tensor grad_x = at::empty(x.sizes(), x.options(), at::MemoryFormat::Contiguous);
-  Tensor grad_v_init = at::empty(x.sizes().slice(1), state);
+  Tensor grad_v_init = v ? at::empty(x.sizes().slice(1), state) : at::empty({0}, state);
   const int64_t T = x.size(0);
-  const int64_t M = grad_v_init.numel();
+  const int64_t M = c10::multiply_integers(x.sizes().slice(1));
   const int64_t tiles = divide_up(M, neuron_backward_tile);
   const bool want_factor = kind == "plif";
   Tensor partial = at::empty({want_factor ? tiles : 0}, x.options().dtype(at::kDouble));
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
     a.grad_stride = grad.stride;
     a.grad_v = grad_v ? read<A>(grad_state) : nullptr;
     a.grad_x = write<S>(grad_x);
-    a.grad_v_init = write<A>(grad_v_init);
+    a.grad_v_init = v ? write<A>(grad_v_init) : nullptr;
     a.grad_factor = want_factor ? write<double>(partial) : nullptr;
     a.T = T;
     a.M = M;

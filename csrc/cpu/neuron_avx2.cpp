@@ -1,5 +1,9 @@
 // Every header comes before the target is raised: an inline function of the standard library
 // compiled for AVX2 here could otherwise be the copy the linker keeps for everybody.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>

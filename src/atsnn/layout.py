@@ -96,6 +96,16 @@ class TokenLayout:
         steps = torch.arange(self.T, device=self.token.device).view(-1, 1, 1)
         return self.active_steps > steps
 
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """``[T, B, N, 1]``: one in active cells, zero elsewhere."""
+        if dtype not in self._factors:
+            self._factors[dtype] = self.mask.unsqueeze(-1).to(dtype)
+        return self._factors[dtype]
+
+    @cached_property
+    def _factors(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     def pack(self, x: Tensor) -> Tensor:
         """Gather ``[T, B, N, ...]`` into rows ``[R, ...]``."""
         check_shape(

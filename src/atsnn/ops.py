@@ -138,7 +138,7 @@ def _neuron_backward(grad_spikes, grad_v, x, v, inv_tau, *settings):
     # The gradient may be a view of grad_v itself (T = 0).
     return (
         grads[0].contiguous(),
-        grads[1].clone(),
+        grads[1].clone() if v is not None else x.new_empty(0, dtype=dtype),
         grads[2] if inv_tau is not None else x.new_empty(0, dtype=dtype),
     )
 
@@ -151,8 +151,9 @@ def _neuron_fake(x, v, inv_tau, *settings):
 
 @torch.library.register_fake("atsnn::neuron_backward", lib=_library)
 def _neuron_backward_fake(grad_spikes, grad_v, x, v, inv_tau, *settings):
-    state = x.new_empty(x.shape[1:], dtype=reference.arithmetic_dtype(x.dtype))
-    factor = state.new_empty(0) if inv_tau is None else torch.empty_like(inv_tau)
+    dtype = reference.arithmetic_dtype(x.dtype)
+    state = x.new_empty(0 if v is None else v.shape, dtype=dtype)
+    factor = x.new_empty(0, dtype=dtype) if inv_tau is None else torch.empty_like(inv_tau)
     return x.new_empty(x.shape), state, factor
 
 

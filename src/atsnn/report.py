@@ -145,7 +145,7 @@ def print_all(console: Console, parts: list[RenderableType]) -> None:
 
 def _token_map(axes: Any, values: Tensor, top: int, colours: str) -> None:
     """A heat map of small integers; the numbers stand in the cells while they can be read."""
-    axes.imshow(values, cmap=colours, vmin=0, vmax=top)
+    axes.imshow(values.numpy(), cmap=colours, vmin=0, vmax=top)
     if len(values) > 8:
         return
     for row, line in enumerate(values.tolist()):
@@ -195,7 +195,7 @@ def depth_map(
     for b in range(rows):
         axes = figure.add_subplot(grid[b, 0])
         picture = images[b].movedim(0, -1).squeeze(-1)
-        axes.imshow(picture, cmap="gray" if picture.dim() == 2 else None, vmin=0, vmax=1)
+        axes.imshow(picture.numpy(), cmap="gray" if picture.dim() == 2 else None, vmin=0, vmax=1)
         label, guess = int(split.labels[start + b]), int(predicted[b])
         axes.set_ylabel(f"label {label}\ngot {guess}", rotation=0, ha="right", va="center",
                         fontsize=8, color="black" if label == guess else "#b00020")  # fmt: skip

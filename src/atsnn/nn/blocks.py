@@ -54,7 +54,7 @@ class Context:
         if self.state is not None:
             self.state[full] = v
         if self.layout is not None:
-            spikes = spikes * self.layout.mask.unsqueeze(-1).to(spikes.dtype)
+            spikes = spikes * self.layout.factor(spikes.dtype)
         if self.record is not None:
             self.record(full, spikes, self.layout)
         return spikes
@@ -63,7 +63,7 @@ class Context:
         """Record what goes into a layer: the integers of the residual stream, or pooled spikes."""
         if self.record is not None:
             if self.layout is not None:
-                x = x * self.layout.mask.unsqueeze(-1)
+                x = x * self.layout.factor(x.dtype)
             self.record(self.path(name), x, self.layout)
 
 
