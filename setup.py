@@ -19,7 +19,7 @@ def extension():
     debug = os.environ.get("ATSNN_DEBUG") == "1"
     # Spikes are compared bit for bit with the reference: no contraction to fused multiply-add.
     compile_args = ["-std=c++20", "-O0" if debug else "-O3", "-ffp-contract=off", "-fno-math-errno"]
-    compile_args += ["-fno-trapping-math", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    compile_args += ["-fno-trapping-math", "-Wall", "-fvisibility=hidden"]
     compile_args += ["-g", "-UNDEBUG"] if debug else ["-g0", "-DNDEBUG"]
     # Compiled for OpenMP but not linked with it: the symbols come from the runtime PyTorch has
     # loaded, so that there is only one in the process.
@@ -33,6 +33,8 @@ def extension():
                 "atsnn._C",
                 [str(source.relative_to(ROOT)) for source in sources],
                 include_dirs=[str(ROOT / "csrc")],
+                # Without these setuptools would not build again when only a header changed.
+                depends=[str(header) for header in sorted((ROOT / "csrc").rglob("*.h"))],
                 extra_compile_args=compile_args,
             )
         ],

@@ -164,7 +164,8 @@ def test_interleaved_runs_in_turns_and_reports_each_round():
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
         rounds=3, warmup=1, least_seconds=0,
     )  # fmt: skip
-    assert calls == ["a", "b"] + ["a", "b"] * 3
+    # A warm-up each, then in every turn one call that is not timed and one that is.
+    assert calls == ["a", "b"] + ["a", "a", "b", "b"] * 3
     assert [len(t.seconds) for t in found.values()] == [3, 3]
 
 

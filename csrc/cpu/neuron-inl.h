@@ -138,9 +138,10 @@ ATSNN_INLINE void start_state(A* v, const A* v_init, A v_reset, int64_t n) {
 }
 
 template <Charge kind, bool multiply, bool hard, class S>
-void forward_tile(const NeuronForward<S>& a, const Constants<arithmetic_t<S>>& c, int64_t begin,
-                  int64_t n) {
+void forward_tile(const NeuronForward<S>& a, const Constants<arithmetic_t<S>>& settings,
+                  int64_t begin, int64_t n) {
   using A = arithmetic_t<S>;
+  const Constants<A> c = settings;  // a copy, which the stores below cannot alias
   A wide[neuron_forward_tile], fired[neuron_forward_tile];
   // v_final is the membrane while the tile runs: it stays in the first-level cache.
   A* v = a.v_final + begin;

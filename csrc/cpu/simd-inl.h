@@ -54,10 +54,11 @@ ATSNN_INLINE void store_first(A* p, vec<A> v, int64_t n) {
   std::memcpy(p, &v, n * sizeof(A));
 }
 
-// The larger of two; `b` where one is not a number. GCC does not make one instruction of it.
+// The larger of two; `b` where one is not a number. GCC does not make one instruction of it (nor
+// take the unmasked AVX-512 form without a false warning).
 ATSNN_INLINE vec<float> maximum(vec<float> a, vec<float> b) {
 #if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
-  return (vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+  return (vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif defined(__x86_64__) && ATSNN_VECTOR_BYTES == 32
   return (vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__x86_64__)
@@ -71,7 +72,7 @@ template <class A>
 ATSNN_INLINE vec<A> absolute(vec<A> x) {
   typename Simd<A>::I bits;
   std::memcpy(&bits, &x, sizeof bits);
-  bits &= ~(typename Simd<A>::I{} + 1 << (8 * sizeof(A) - 1));
+  bits &= ~((typename Simd<A>::I{} + 1) << (8 * sizeof(A) - 1));
   std::memcpy(&x, &bits, sizeof bits);
   return x;
 }
