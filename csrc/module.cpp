@@ -171,6 +171,7 @@ std::tuple<Tensor, Tensor> neuron(const Tensor& x, const std::optional<Tensor>& 
     a.v_final = write<A>(v_final);
     a.T = x.size(0);
     a.M = v_final.numel();
+    a.stream = can_stream(a.spikes, a.T, a.M);
     const int64_t tiles = divide_up(a.M, neuron_forward_tile);
     at::parallel_for(0, tiles, 8, [&](int64_t begin, int64_t end) {
       ATSNN_AT_LEVEL(neuron_forward<S>(a, p, begin, end));
@@ -223,6 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
     a.grad_factor = want_factor ? write<double>(partial) : nullptr;
     a.T = T;
     a.M = M;
+    a.stream = can_stream(a.grad_x, T, M);
     at::parallel_for(0, tiles, 8, [&](int64_t begin, int64_t end) {
       std::vector<A> scratch(neuron_backward_scratch(T));
       ATSNN_AT_LEVEL(neuron_backward<S>(a, p, scratch.data(), begin, end));

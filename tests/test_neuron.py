@@ -284,6 +284,28 @@ def test_long_runs_need_no_long_tiles():
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float32, (2, 1 << 20)),
+        (torch.float32, (3, (1 << 20) + 16)),  # the last tile is short
+        (torch.float32, (3, (1 << 20) + 5)),  # rows are not aligned
+        (torch.float64, (2, (1 << 19) + 8)),
+    ],
+)
+def test_large_results_pass_the_caches_by_and_are_the_same(threads, dtype, shape):
+    x = (torch.randn(shape, dtype=dtype) * 1.5).requires_grad_()
+    grad = torch.randn(shape, dtype=dtype)
+    results = []
+    for backend in BACKENDS:
+        s, v = F.neuron(x, backend=backend, surrogate="super_spike")
+        results.append((s, v, torch.autograd.grad(s, x, grad)[0]))
+    (s, v, g), (want_s, want_v, want_g) = results
+    assert torch.equal(s, want_s)
+    assert torch.equal(v, want_v)
+    torch.testing.assert_close(g, want_g, rtol=1e-5, atol=1e-5)
+
+
 def test_only_the_input_is_saved_for_the_backward():
     x = torch.randn(4, 2, 16, 64, requires_grad=True)
     saved = []

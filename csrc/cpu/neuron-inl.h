@@ -137,7 +137,7 @@ ATSNN_INLINE void start_state(A* v, const A* v_init, A v_reset, int64_t n) {
   }
 }
 
-template <Charge kind, bool multiply, bool hard, class S>
+template <Charge kind, bool multiply, bool hard, bool streams, class S>
 void forward_tile(const NeuronForward<S>& a, const Constants<arithmetic_t<S>>& settings,
                   int64_t begin, int64_t n) {
   using A = arithmetic_t<S>;
@@ -152,7 +152,12 @@ void forward_tile(const NeuronForward<S>& a, const Constants<arithmetic_t<S>>& s
     A* s = writable(row, fired);
     each_vector<A>(n, [&](int64_t i, auto full, int64_t k) {
       const vec<A> u = charge<kind, multiply>(get(v + i, full, k), get(x + i, full, k), c);
-      put(s + i, u >= c.v_threshold ? vec<A>{} + A(1) : vec<A>{}, full, k);
+      const vec<A> fire = u >= c.v_threshold ? vec<A>{} + A(1) : vec<A>{};
+      if constexpr (streams && full.value) {
+        stream(s + i, fire);
+      } else {
+        put(s + i, fire, full, k);
+      }
       put(v + i, reset<hard>(u, c), full, k);
     });
     narrow_into(row, s, n);
@@ -164,6 +169,9 @@ void forward_tile(const NeuronForward<S>& a, const Constants<arithmetic_t<S>>& s
 constexpr int block_vectors = 4;
 template <class A>
 constexpr int64_t block_width = block_vectors * Simd<A>::width;
+
+// Whether all columns of a block exist, and how its result is stored.
+enum class Columns { some, all, all_streamed };
 
 // One block of columns: where it begins and how many of its columns exist.
 struct Block {
@@ -219,13 +227,14 @@ ATSNN_NOINLINE void recompute_block(const NeuronBackward<S>& a,
 
 // `grad_u` keeps the gradient of each potential, rows `keep` apart: 0 where nobody wants it, so
 // that the loop has no branch and the compiler can interleave the vectors of a block.
-template <Surrogate surrogate, bool hard, bool detach, bool full, class S>
+template <Surrogate surrogate, bool hard, bool detach, Columns columns, class S>
 ATSNN_NOINLINE void reverse_block(const NeuronBackward<S>& a, const NeuronParams& p,
                                   const Constants<arithmetic_t<S>>& settings, Block b,
                                   const arithmetic_t<S>* u, arithmetic_t<S>* grad_u, int64_t keep) {
   using A = arithmetic_t<S>;
   const Constants<A> c = settings;  // a copy, which the stores below cannot alias
   constexpr int64_t width = Simd<A>::width;
+  constexpr bool full = columns != Columns::some;
   const A rate = p.multiply ? c.factor : A(1) / c.factor;  // 1/tau
   const A to_x = p.charge == Charge::decay ? rate : A(1);
   const A to_v = p.charge == Charge::integrate ? A(1) : A(1) - rate;
@@ -257,7 +266,11 @@ ATSNN_NOINLINE void reverse_block(const NeuronBackward<S>& a, const NeuronParams
       grad_v[k] = grad[k] * to_v;
     }
     ATSNN_EACH_VECTOR(k) {
-      put_at<full>(grad_x, k, b.columns, grad[k] * to_x);
+      if constexpr (columns == Columns::all_streamed) {
+        stream(grad_x + k * width, grad[k] * to_x);
+      } else {
+        put_at<full>(grad_x, k, b.columns, grad[k] * to_x);
+      }
       store(kept + k * width, grad[k]);
     }
     narrow_into(row, grad_x, b.columns);
@@ -359,12 +372,14 @@ void neuron_forward(const NeuronForward<S>& a, const NeuronParams& p, int64_t ti
                     int64_t tile_end) {
   const Constants<arithmetic_t<S>> c(p);
   with_charge(p, [&](auto kind, auto multiply, auto hard) {
+    auto* const run = a.stream ? forward_tile<kind.value, multiply.value, hard.value, true, S>
+                               : forward_tile<kind.value, multiply.value, hard.value, false, S>;
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t begin = tile * neuron_forward_tile;
-      forward_tile<kind.value, multiply.value, hard.value>(
-          a, c, begin, std::min(neuron_forward_tile, a.M - begin));
+      run(a, c, begin, std::min(neuron_forward_tile, a.M - begin));
     }
   });
+  if (a.stream) finish_stream();
 }
 
 template <class S>
@@ -380,10 +395,12 @@ void neuron_backward(const NeuronBackward<S>& a, const NeuronParams& p, arithmet
     recompute = recompute_block<kind.value, multiply.value, hard.value, true, S>;
     recompute_short = recompute_block<kind.value, multiply.value, hard.value, false, S>;
   });
-  decltype(&reverse_block<Surrogate::sigmoid, true, true, true, S>) reverse, reverse_short;
+  decltype(&reverse_block<Surrogate::sigmoid, true, true, Columns::all, S>) reverse, reverse_short;
   with_surrogate(p, [&](auto surrogate, auto hard, auto detach) {
-    reverse = reverse_block<surrogate.value, hard.value, detach.value, true, S>;
-    reverse_short = reverse_block<surrogate.value, hard.value, detach.value, false, S>;
+    constexpr Surrogate kind = surrogate.value;
+    reverse = a.stream ? reverse_block<kind, hard.value, detach.value, Columns::all_streamed, S>
+                       : reverse_block<kind, hard.value, detach.value, Columns::all, S>;
+    reverse_short = reverse_block<kind, hard.value, detach.value, Columns::some, S>;
   });
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int64_t begin = tile * neuron_backward_tile;
@@ -399,6 +416,7 @@ void neuron_backward(const NeuronBackward<S>& a, const NeuronParams& p, arithmet
     }
     if (factor) a.grad_factor[tile] = std::accumulate(factor, factor + n, 0.0);
   }
+  if (a.stream) finish_stream();
 }
 
 #define ATSNN_INSTANTIATE(S)                                                                       \

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "storage.h"
 
@@ -46,6 +47,7 @@ struct NeuronForward {
   int64_t x_stride;
   const arithmetic_t<S>* v_init;  // [M], or null: v_reset
   S* spikes;                      // [T, M]
+  bool stream;                    // spikes pass the caches by; see can_stream
   arithmetic_t<S>* v_final;       // [M]
   int64_t T, M;
 };
@@ -59,6 +61,7 @@ struct NeuronBackward {
   int64_t grad_stride;
   const arithmetic_t<S>* grad_v;  // [M], or null: zero
   S* grad_x;                      // [T, M]
+  bool stream;                    // grad_x passes the caches by; see can_stream
   arithmetic_t<S>* grad_v_init;   // [M], or null: not wanted
   double* grad_factor;            // one partial sum a column tile, or null: not wanted
   int64_t T, M;
@@ -71,6 +74,15 @@ constexpr int64_t neuron_backward_tile = 512;
 // Elements of arithmetic_t<S> a thread needs beside it in the backward: the potentials of a block
 // of at most 64 columns, and their gradients.
 constexpr int64_t neuron_backward_scratch(int64_t T) { return 2 * (T + 1) * 64; }
+
+// Whether [T, M] at `p` is worth writing past the caches (it is larger than what stays in them
+// until it is read) and can be: every vector of a tile must be aligned.
+template <class S>
+bool can_stream(const S* p, int64_t T, int64_t M) {
+  constexpr int64_t worth = 8 << 20, line = 64;
+  return std::is_same<S, arithmetic_t<S>>::value && T * M * int64_t(sizeof(S)) >= worth &&
+         reinterpret_cast<uintptr_t>(p) % line == 0 && M * int64_t(sizeof(S)) % line == 0;
+}
 
 #define ATSNN_DECLARE_NEURON(LEVEL)                                                             \
   namespace LEVEL {                                                                             \

@@ -42,6 +42,28 @@ ATSNN_INLINE void store(A* p, vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// A store past the caches: of a large result the lines need not be read before they are written.
+// `p` must be aligned to a vector.
+template <class A>
+ATSNN_INLINE void stream(A* p, vec<A> v) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__x86_64__) && ATSNN_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+
+// Streamed stores are not ordered with others: this makes them seen before what follows.
+ATSNN_INLINE void finish_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class A>
 ATSNN_INLINE vec<A> load_first(const A* p, int64_t n) {
   vec<A> v = {};
