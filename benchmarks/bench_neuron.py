@@ -2,9 +2,9 @@
 
     make bench-neuron
 
-Limits: the forward reads ``x`` and writes spikes and final state, as a clone and a zero-fill do. The
-backward reads ``x`` and the gradient of the spikes and writes the gradient of ``x``, and evaluates one
-surrogate (an exponential and a division) an element.
+Limits: the forward reads ``x`` and writes spikes and final state, as a clone and a zero-fill do.
+The backward reads ``x`` and the gradient of the spikes, writes the gradient of ``x``, and evaluates
+one surrogate (an exponential and a division) an element.
 """
 
 from __future__ import annotations

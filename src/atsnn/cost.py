@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .checks import InvalidType
 from .nn.config import SpikformerConfig
-from .nn.model import ATSpikformer, Trace
+from .nn.model import ATSpikformer
+from .nn.trace import Trace
 from .reference import attention_order
 
 __all__ = ["Cost", "Parts", "cost", "cost_of_trace"]

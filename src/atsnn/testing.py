@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .nn.blocks import Context, _Attention
 from .nn.config import SpikformerConfig
-from .nn.model import ATSpikformer, Trace
+from .nn.model import ATSpikformer
+from .nn.trace import Trace
 
 __all__ = ["exact_images", "exact_model"]
 

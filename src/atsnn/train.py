@@ -26,7 +26,8 @@ from .checks import (
 )
 from .data import Split
 from .nn.config import SpikformerConfig
-from .nn.model import ATSpikformer, Trace
+from .nn.model import ATSpikformer
+from .nn.trace import Trace
 
 __all__ = ["Evaluation", "TrainConfig", "evaluate", "train", "training_loss"]
 

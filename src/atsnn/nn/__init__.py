@@ -4,9 +4,10 @@ from .blocks import MLP, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfA
 from .config import SpikformerConfig
 from .halting import Halting
 from .merging import TokenMerge
-from .model import ATSpikformer, Trace, create_model
+from .model import ATSpikformer, create_model
 from .neurons import IF, LIF, PLIF
 from .stem import SpikingPatchSplitting
+from .trace import Trace
 
 __all__ = [
     "IF",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from .config import SpikformerConfig, model_config
 from .halting import Halting
 from .merging import TokenMerge
 from .stem import SpikingPatchSplitting
+from .trace import FiringRates, Trace
 
 EXECUTIONS = ("masked",)
 
@@ -55,65 +55,6 @@ class Head(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.double()
         return nn.functional.linear(x.double(), self.weight.double(), bias).to(self.weight.dtype)
-
-
-@dataclass
-class Trace:
-    """What a forward pass did, beside its logits.
-
-    Attributes
-    ----------
-    logits : Tensor
-        ``[B, num_classes]``.
-    active : Tensor
-        ``[L, T, B, N]`` bool, the executed cells; a merged-away token is not active.
-    depth : Tensor
-        ``[T, B, N]`` int64, blocks executed for each original token (a merged token's are those
-        of the token that took it in).
-    ponder_loss : Tensor
-        0-d, ``mean over t, k of (D + w[D])``.
-    scores : Tensor
-        ``[L, T, B, N]`` float32, zero where not executed.
-    weights : Tensor
-        ``[L, T, B, N]`` float32, readout weights.
-    sizes : Tensor
-        ``[B, N]`` float32 after the last block.
-    block_sizes : Tensor
-        ``[L, B, N]`` float32, in each block.
-    source : Tensor
-        ``[B, N]`` int64, the token that holds each original token after the last block.
-    firing_rates : dict of str to float
-        Spikes per neuron and active cell of every spiking layer, and of what goes into the
-        convolutions, the attention and the MLP (``*.input``; an integer k counts as k spikes).
-    """
-
-    logits: Tensor
-    active: Tensor
-    depth: Tensor
-    ponder_loss: Tensor
-    scores: Tensor
-    weights: Tensor
-    sizes: Tensor
-    block_sizes: Tensor
-    source: Tensor
-    firing_rates: dict[str, float]
-
-
-class _Rates:
-    """Spikes per neuron and active cell, by layer, summed over calls."""
-
-    def __init__(self) -> None:
-        self.spikes: dict[str, float] = {}
-        self.neurons: dict[str, float] = {}
-
-    def __call__(self, name: str, spikes: Tensor, layout: TokenLayout | None) -> None:
-        cells = spikes.numel() if layout is None else layout.num_rows * spikes.shape[-1]
-        total = float(spikes.detach().sum(dtype=torch.float64))
-        self.spikes[name] = self.spikes.get(name, 0.0) + total
-        self.neurons[name] = self.neurons.get(name, 0.0) + cells
-
-    def rates(self) -> dict[str, float]:
-        return {name: s / max(self.neurons[name], 1.0) for name, s in self.spikes.items()}
 
 
 class _Run:
@@ -240,10 +181,10 @@ class ATSpikformer(nn.Module):
         Tensor or Trace
             ``[B, num_classes]`` logits.
         """
-        rates = _Rates() if return_trace else None
+        rates = FiringRates() if return_trace else None
         return self.forward_tokens(self.embed(x, rates), return_trace, rates)
 
-    def embed(self, x: Tensor, rates: _Rates | None = None) -> Tensor:
+    def embed(self, x: Tensor, rates: FiringRates | None = None) -> Tensor:
         """The stem: images to tokens ``[T, B, N, C]``."""
         context = Context(record=rates, name="patch_embed")
         x = self._images(x)
@@ -252,11 +193,11 @@ class ATSpikformer(nn.Module):
         return self.patch_embed(x, 0, context)
 
     def forward_tokens(
-        self, x: Tensor, return_trace: bool = False, rates: _Rates | None = None
+        self, x: Tensor, return_trace: bool = False, rates: FiringRates | None = None
     ) -> Tensor | Trace:
         """Blocks, halting, merging, readout and head, from tokens ``[T, B, N, C]``."""
         if return_trace and rates is None:
-            rates = _Rates()
+            rates = FiringRates()
         if self.config.halting == "sequential":
             return self._sequential(x, return_trace, rates)
         return self._parallel(x, return_trace, rates)
@@ -288,7 +229,7 @@ class ATSpikformer(nn.Module):
         check_finite(op, "images", x)
         return x
 
-    def _parallel(self, x: Tensor, return_trace: bool, rates: _Rates | None) -> Tensor | Trace:
+    def _parallel(self, x: Tensor, return_trace: bool, rates: FiringRates | None) -> Tensor | Trace:
         """All timesteps of a block at once: the rectangle and the depth accumulator, or none."""
         c = self.config
         L, (T, B, N, _) = c.depth, x.shape
@@ -332,7 +273,9 @@ class ATSpikformer(nn.Module):
             rates.rates(),
         )  # fmt: skip
 
-    def _sequential(self, x: Tensor, return_trace: bool, rates: _Rates | None) -> Tensor | Trace:
+    def _sequential(
+        self, x: Tensor, return_trace: bool, rates: FiringRates | None
+    ) -> Tensor | Trace:
         """One timestep after the other; a halted token is gone from all that follows."""
         c = self.config
         L, (T, B, N, C) = c.depth, x.shape
