@@ -3,10 +3,10 @@
 #include <ATen/Version.h>
 #include <torch/extension.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "cpu/neuron.h"
 
@@ -226,8 +226,8 @@ std::tuple<Tensor, Tensor, Tensor> neuron_backward(
     a.M = M;
     a.stream = can_stream(a.grad_x, T, M);
     at::parallel_for(0, tiles, 8, [&](int64_t begin, int64_t end) {
-      std::vector<A> scratch(neuron_backward_scratch(T));
-      ATSNN_AT_LEVEL(neuron_backward<S>(a, p, scratch.data(), begin, end));
+      const std::unique_ptr<A[]> scratch(new A[neuron_backward_scratch(T, want_factor)]);
+      ATSNN_AT_LEVEL(neuron_backward<S>(a, p, scratch.get(), begin, end));
     });
   });
   Tensor grad_inv_tau = want_factor

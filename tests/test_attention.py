@@ -9,8 +9,8 @@ from hypothesis import given
 
 import atsnn.functional as F
 import atsnn.nn as ann
-from atsnn import reference
-from atsnn.checks import InvalidType, InvalidValue
+from atsnn import reference, use_backend
+from atsnn.checks import BackendError, InvalidType, InvalidValue
 
 
 def spikes(*shape, rate=0.3, seed=0):
@@ -44,6 +44,26 @@ def test_spiking_attention_is_its_definition_in_both_orders(T, B, N, heads, d, s
 def test_the_cheaper_order_is_taken():
     assert reference.attention_order(tokens=64, head_dim=32) == "q_kv"
     assert reference.attention_order(tokens=4, head_dim=32) == "qk_v"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_storage_sums_in_float32_and_rounds_once(dtype):
+    ones = torch.ones(1, 1, 1100, 64, dtype=dtype)
+    q, k, v = (spikes(1, 1, 1100, 64, rate=0.9, seed=i).to(dtype) for i in range(3))
+    sizes = torch.full((1, 1100), 257.0)
+    for a, b, c, scale in ((ones, ones, ones, 1 / 128), (q, k, v, 0.125 / 1024)):
+        want = reference.spiking_attention(a.float(), b.float(), c.float(), 2, scale, sizes)
+        for order in ("q_kv", "qk_v"):
+            got = reference.spiking_attention(a, b, c, 2, scale, sizes, order)
+            assert torch.equal(got, want.to(dtype))
+
+
+def test_autocast_does_not_round_the_sums():
+    q, k, v = (spikes(2, 1, 64, 64, rate=0.7, seed=i) for i in range(3))
+    want = F.spiking_attention(q, k, v, num_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = F.spiking_attention(q, k, v, num_heads=2)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @given(st.integers(1, 5), st.booleans(), st.integers(0, 999))
@@ -126,5 +146,15 @@ def test_bad_input_is_refused(op):
         op(q[0], q[0], q[0], num_heads=2)
     with pytest.raises(InvalidValue, match=r"sizes must have shape \(B, N\) = \(3, 4\)"):
         op(q, q, q, num_heads=2, sizes=torch.ones(4, 3))
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(InvalidValue, match="sizes must be finite"):
+            op(q, q, q, num_heads=2, sizes=torch.full((3, 4), bad))
+    with pytest.raises(InvalidValue, match="sizes must be at least 0, got -1"):
+        op(q, q, q, num_heads=2, sizes=-torch.ones(3, 4))
+    for backend in ("native", "triton"):
+        with pytest.raises(BackendError, match="cannot serve the call"):
+            op(q, q, q, num_heads=2, backend=backend)
+        with pytest.raises(BackendError, match="cannot serve the call"), use_backend(backend):
+            op(q, q, q, num_heads=2)
     with pytest.raises(InvalidType, match="q must be one of float32"):
         op(q.int(), q.int(), q.int(), num_heads=2)

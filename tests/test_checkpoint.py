@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import atsnn
 from atsnn.checkpoint import CONFIG, PACKAGED, WEIGHTS
-from atsnn.checks import CheckpointError
+from atsnn.checks import CheckpointError, InvalidValue
 from atsnn.testing import exact_images, exact_model
 
 CONFIGURATION = atsnn.SpikformerConfig(
@@ -31,20 +31,25 @@ def test_round_trip(saved):
     model, folder = saved
     again = atsnn.from_pretrained(folder)
     assert again.config == model.config and not again.training
+    assert again.config.bn_eps == 2.0**-10, "not the default, which a loader might take"
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     images = exact_images(CONFIGURATION, 3)
-    for module in again.modules():  # eps is configuration of BatchNorm, not of the checkpoint
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eps = 2.0**-10
     with torch.no_grad():
         assert torch.equal(model(images), again(images))
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
 def test_string_and_path_are_both_taken(saved):
-    _, folder = saved
-    assert atsnn.from_pretrained(str(folder)).config == CONFIGURATION
+    model, folder = saved
+    assert atsnn.from_pretrained(str(folder)).config == model.config
+
+
+def test_a_model_that_its_configuration_does_not_describe_is_not_saved(tmp_path):
+    model = exact_model(CONFIGURATION)
+    model.block[0].mlp.fc1_bn.eps = 0.5
+    with pytest.raises(InvalidValue, match="must have the configuration's bn_eps = .* eps = 0.5"):
+        model.save_pretrained(tmp_path)
 
 
 def damage_truncate(folder):
@@ -91,6 +96,9 @@ DAMAGES = {
     "no model": (damage_json(lambda c: c.pop("model")), "expected a mapping"),
     "an unknown setting": (damage_json(lambda c: c["model"].update(heads=3)), "got heads"),
     "a bad setting": (damage_json(lambda c: c["model"].update(T=0)), "T must be a number >= 1"),
+    "a setting that is a list": (
+        damage_json(lambda c: c["model"].update(stem=["cifar"])), r"stem must be .* got \['cif",
+    ),
     "a setting of another type": (damage_json(lambda c: c["model"].update(T="4")), "got '4'"),
     "other shapes": (
         damage_json(lambda c: c["model"].update(num_classes=4)),
@@ -115,7 +123,7 @@ def test_damaged_checkpoints_are_refused(saved, name):
         atsnn.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["digit", "no/such/folder", "", "./nowhere", "/nowhere"])
+@pytest.mark.parametrize("name", ["digit", "no/such/folder", "", "./dev/null/nowhere", "/dev/null/nowhere"])
 def test_unknown_names_are_refused(name):
     with pytest.raises(
         CheckpointError, match=r"expected a packaged name \(digits, digits-constant"
@@ -132,7 +140,7 @@ def test_a_file_is_refused(saved):
 def test_hub_ids_go_to_the_hub_client(saved, monkeypatch):
     import huggingface_hub
 
-    _, folder = saved
+    model, folder = saved
     asked = {}
 
     def snapshot_download(repo_id, allow_patterns):
@@ -142,7 +150,7 @@ def test_hub_ids_go_to_the_hub_client(saved, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert atsnn.from_pretrained("someone/spikformer").config == CONFIGURATION
+    assert atsnn.from_pretrained("someone/spikformer").config == model.config
     assert asked == {"repo_id": "someone/spikformer", "allow_patterns": [CONFIG, WEIGHTS]}
     with pytest.raises(CheckpointError, match="could not be fetched .* no such repository$"):
         atsnn.from_pretrained("missing/model")

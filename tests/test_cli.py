@@ -117,7 +117,7 @@ WRONG = [
     (["eval", "--checkpoint", "nothing"], "expected a packaged name"),
     (["eval", "--checkpoint", "/etc"], "expected a file config.json, got none"),
     (["eval", "--data", "cifar"], "data must be one of 'digits', 'fashion-mnist'"),
-    (["eval", "--data", "digits", "--data-dir", "/nowhere"], "must be a directory"),
+    (["eval", "--data", "digits", "--data-dir", "/dev/null/nowhere"], "must be a directory"),
     (["eval", "--data", "fashion-mnist", "--data-dir", "/etc"], "expected the file train-images"),
     (["eval", "--limit", "0"], "--limit must be a number >= 1, got 0"),
     (["eval", "--limit", "4", "--json", "/proc/no/such"], "expected a file that can be written"),

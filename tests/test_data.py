@@ -60,14 +60,20 @@ def test_idx_files(idx_folder):
 def test_bad_input_is_refused(idx_folder, tmp_path_factory):
     with pytest.raises(InvalidValue, match="data must be one of 'digits', 'fashion-mnist'"):
         data.load("mnist", 28)
-    with pytest.raises(InvalidValue, match="must be a directory, got /nowhere"):
-        data.load("digits", 28, "/nowhere")
+    with pytest.raises(InvalidValue, match="must be a directory, got /dev/null/nowhere"):
+        data.load("digits", 28, "/dev/null/nowhere")
     with pytest.raises(data.DataError, match=r"expected the file train-images-idx3-ubyte\[.gz\]"):
         data.load("fashion-mnist", 28, tmp_path_factory.mktemp("empty"))
     file = idx_folder / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(data.DataError, match="expected an IDX file of unsigned bytes"):
         data.load("fashion-mnist", 28, idx_folder)
-    (idx_folder / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
+    packed = idx_folder / "train-images-idx3-ubyte.gz"
+    whole = bytearray(packed.read_bytes())
+    whole[len(whole) // 2 :] = bytes(len(whole) - len(whole) // 2)
+    packed.write_bytes(bytes(whole))
+    with pytest.raises(data.DataError, match="expected an IDX file"):
+        data.load("fashion-mnist", 28, idx_folder)
+    packed.write_bytes(b"not gzip")
     with pytest.raises(data.DataError, match="expected an IDX file"):
         data.load("fashion-mnist", 28, idx_folder)

@@ -113,6 +113,8 @@ def test_scores_with_no_timestep_block_or_token():
         state = F.accumulate(torch.zeros(shape))
         assert state.active.shape == state.weights.shape == shape
         assert state.depth.shape == shape[1:]
+        assert state.remainder.shape == shape[1:]
+        assert float(F.ponder_loss(state)) >= 0, "not NaN"
 
 
 @pytest.mark.parametrize("score", reference.SCORES)

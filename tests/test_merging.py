@@ -165,7 +165,13 @@ def test_bad_input_is_refused():
         F.match_tokens(counts * 0.5, r=1)
     with pytest.raises(InvalidValue, match=r"active_steps must have shape \(B, N\) = \(2, 4\)"):
         F.match_tokens(counts, r=1, active_steps=torch.ones(2, 3))
+    with pytest.raises(InvalidType, match="active_steps must be an integer tensor"):
+        F.match_tokens(counts, r=1, active_steps=torch.ones(2, 4))
+    with pytest.raises(InvalidValue, match="counts must be finite"):
+        F.match_tokens(counts * float("inf"), r=1)
     plan = F.match_tokens(counts, r=1)
+    small = F.merge_tokens(torch.ones(1, 2, 4, 1), plan, sizes=torch.full((2, 4), 0.25))
+    assert set(small.unique().tolist()) == {0.0, 1.0}, "a mean whatever the sizes add up to"
     with pytest.raises(InvalidValue, match=r"plan's \(B, N\) = \(2, 4\), got \(3, 2, 5, 6\)"):
         F.merge_tokens(torch.zeros(3, 2, 5, 6), plan)
     with pytest.raises(InvalidValue, match=r"plan's \(B, N\)"):

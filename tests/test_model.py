@@ -373,6 +373,9 @@ BAD_CONFIGS = [
     (dict(merge_r=(1, 2)), "merge_r must name depth - 1 = 3 block boundaries, got 2"),
     (dict(merge_r=1, merge_threshold=0.5), "at most one of merge_r and merge_threshold"),
     (dict(halting="sequential", merge_r=1), "cannot merge tokens"),
+    (dict(mlp_ratio=0.001), "must have a hidden channel, got embed_dim"),
+    (dict(bn_eps=0.0), "bn_eps must be a number > 0, got 0.0"),
+    (dict(stem=["cifar"]), "stem must be one of 'cifar', 'imagenet'"),
     (dict(tau=1), "tau must be a number > 1, got 1"),
 ]
 

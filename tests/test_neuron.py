@@ -337,6 +337,32 @@ def test_opcheck_backward():
     )
 
 
+def test_second_derivatives_are_refused_by_name():
+    x = torch.randn(2, 3, requires_grad=True)
+    s, _ = F.neuron(x, backend="native", surrogate="atan")
+    (g,) = torch.autograd.grad(s.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        g.sum().backward()
+
+
+def test_a_long_run_of_one_neuron_needs_little_memory():
+    import resource
+
+    x = torch.randn(300_000, 1, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    F.neuron(x, backend="native")[0].sum().backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 120_000  # KiB
+
+
+def test_use_backend_holds_inside_compiled_code():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: F.neuron(x)[0], fullgraph=True, backend="eager")
+    x = torch.randn(2, 3)
+    compiled(x)
+    with pytest.raises(Exception, match="cannot serve the call"), atsnn.use_backend("triton"):
+        compiled(x)
+
+
 def test_compiles_whole():
     def step(x, v):
         s, v = F.neuron(x * 2, v, detach_reset=True)
@@ -375,6 +401,7 @@ BAD = [
     (dict(x=torch.tensor(1.0)), InvalidValue, r"shape \(T, ...\), got a 0-d tensor"),
     (dict(kind="lfi"), InvalidValue, "kind must be one of 'lif', 'if', 'plif', got 'lfi'"),
     (dict(surrogate="relu"), InvalidValue, "got 'relu'"),
+    (dict(surrogate=["atan"]), InvalidValue, "surrogate must be one of"),
     (dict(tau=1.0), InvalidValue, "tau must be a number > 1, got 1.0"),
     (dict(tau=float("nan")), InvalidValue, "tau must be a number > 1, got nan"),
     (dict(tau="2"), InvalidType, "tau must be a number, got '2'"),

@@ -63,6 +63,23 @@ def test_a_seed_is_a_run(tmp_path):
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize(("epochs", "limit", "batch"), [(1, 80, 8), (1, 16, 8), (3, 8, 8)])
+def test_short_runs_have_a_schedule(tmp_path, epochs, limit, batch):
+    """Ten steps, two steps and three steps: the warm-up must not be empty."""
+    config = dataclasses.replace(CONFIG, epochs=epochs, limit=limit, batch_size=batch)
+    train(config, tmp_path)
+
+
+def test_evaluation_leaves_the_modes_of_modules_alone():
+    model = atsnn.ATSpikformer(MODEL).train()
+    model.patch_embed.eval()
+    split = data.load("digits", 8)["test"]
+    few = data.Split(split.images[:4], split.labels[:4])
+    evaluate(model, few)
+    atsnn.cost(model, few.images)
+    assert model.training and model.block.training and not model.patch_embed.training
+
+
 def test_it_learns(tmp_path):
     """A fixed batch is learned by heart, within the budget."""
     torch.manual_seed(0)
@@ -153,6 +170,10 @@ def test_bad_input_is_refused(tmp_path):
         dataclasses.replace(CONFIG, epochs=0)
     with pytest.raises(InvalidValue, match="limit must be a number >= 32, got 8"):
         dataclasses.replace(CONFIG, limit=8)
+    with pytest.raises(InvalidValue, match="seed must be a number >= 0 and <= 2147483647"):
+        dataclasses.replace(CONFIG, seed=2**60)
+    with pytest.raises(InvalidValue, match="at least two batches in the run, got 0 of 2000"):
+        train(dataclasses.replace(CONFIG, limit=None, batch_size=2000), tmp_path)
     with pytest.raises(InvalidValue, match="got a model with in_channels = 3"):
         train(dataclasses.replace(CONFIG, model=MODEL.replace(in_channels=3)), tmp_path)
     with pytest.raises(InvalidValue, match="10 classes, got a model with num_classes = 5"):

@@ -72,8 +72,10 @@ struct NeuronBackward {
 constexpr int64_t neuron_forward_tile = 1024;
 constexpr int64_t neuron_backward_tile = 512;
 // Elements of arithmetic_t<S> a thread needs beside it in the backward: the potentials of a block
-// of at most 64 columns, and their gradients.
-constexpr int64_t neuron_backward_scratch(int64_t T) { return 2 * (T + 1) * 64; }
+// of at most 64 columns, and one row of their gradients or, for `grad_factor`, all of them.
+constexpr int64_t neuron_backward_scratch(int64_t T, bool factor) {
+  return (T + (factor ? T : 1)) * 64;
+}
 
 // Whether [T, M] at `p` is worth writing past the caches (it is larger than what stays in them
 // until it is read) and can be: every vector of a tile must be aligned.

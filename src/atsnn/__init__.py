@@ -1,6 +1,6 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
-from . import functional, nn
+from . import functional, nn, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
@@ -22,5 +22,6 @@ __all__ = [
     "from_pretrained",
     "functional",
     "nn",
+    "testing",
     "use_backend",
 ]

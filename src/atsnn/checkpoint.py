@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from .checks import AtsnnError, CheckpointError, InvalidValue
 from .nn.config import SpikformerConfig
-from .nn.model import ATSpikformer
+from .nn.model import ATSpikformer, batch_norms
 
 __all__ = ["PACKAGED", "from_pretrained", "read_config", "save_pretrained"]
 
@@ -30,6 +30,12 @@ def save_pretrained(
     model: ATSpikformer, folder: str | Path, extra: dict[str, Any] | None = None
 ) -> Path:
     """Write ``model`` to ``folder``; ``extra`` is kept under ``"extra"`` in the configuration."""
+    for norm in batch_norms(model):
+        if norm.eps != model.config.bn_eps:
+            raise InvalidValue(
+                f"save_pretrained: every BatchNorm must have the configuration's "
+                f"bn_eps = {model.config.bn_eps}, got one with eps = {norm.eps}"
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict()}

@@ -98,7 +98,8 @@ def check_dtype(
 
 
 def check_choice(op: str, name: str, value: object, choices: Collection[object]) -> None:
-    if value not in choices:
+    # A tuple: a value that cannot be hashed is a wrong value, not an error of its own.
+    if value not in tuple(choices):
         listed = ", ".join(repr(choice) for choice in choices)
         raise InvalidValue(f"{op}: {name} must be one of {listed}, got {value!r}")
 

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train an AT-Spikformer on images")
     _train_options(train)
+    _json_option(train)
     return parser
 
 
@@ -268,6 +269,7 @@ def _train(args: argparse.Namespace) -> int:
             config, folder, resume=args.resume, progress=sys.stderr.isatty(),
             log=lambda line: console.print(line),
         )  # fmt: skip
+    _write_json(args.json, found.to_dict() | {"checkpoint": str(folder), "data": args.data})
     console.print(
         f"test accuracy {found.accuracy:.2%}, {found.cells:.1%} of cells executed; "
         f"checkpoint in {folder}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import InvalidType
 from .nn.config import SpikformerConfig
-from .nn.model import ATSpikformer
+from .nn.model import ATSpikformer, evaluating
 from .nn.trace import Trace
 from .reference import attention_order
 
@@ -113,22 +113,17 @@ def cost(model: ATSpikformer, x: Tensor) -> Cost:
     """
     if not isinstance(model, ATSpikformer):
         raise InvalidType(f"cost: model must be an ATSpikformer, got {type(model).__name__}")
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            still = x.dim() == 4
-            found = cost_of_trace(model.config, model(x, return_trace=True), still)
-            plain = model.without_halting()
-            found.dense = cost_of_trace(plain.config, plain(x, return_trace=True), still)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        still = x.dim() == 4
+        found = cost_of_trace(model.config, model(x, return_trace=True), still)
+        plain = model.without_halting().eval()
+        found.dense = cost_of_trace(plain.config, plain(x, return_trace=True), still)
     return found
 
 
 def cost_of_trace(config: SpikformerConfig, trace: Trace, still: bool = True) -> Cost:
     """Cost of the pass that ``trace`` describes; ``still``: its images stood still."""
-    L, T, B, N = trace.active.shape
+    L, T, B, _ = trace.active.shape
     found = Cost(Parts(), Parts(), Parts(), Parts(), trace.active.sum((2, 3)).cpu())
     _stem(found, config, trace.firing_rates, B, T, still)
     for block in range(L):
@@ -140,7 +135,8 @@ def cost_of_trace(config: SpikformerConfig, trace: Trace, still: bool = True) ->
         per_score = {"first": 4, "mean": C + 4, "linear": 7 * C + 4, "constant": 3}[config.score]
         found._layer("halting", ran * ((per_score + 4) / 2 + C), None, ran * C, 0)
     else:
-        found._layer("head", T * B * N * C / 2, None, T * B * N * C, 0)
+        rows = float(found.cells[-1].sum())  # the mean over the tokens of the last block
+        found._layer("head", rows * C / 2, None, rows * C, 0)
     classes = config.num_classes
     found._layer("head", B * C * classes, None, B * (C + classes), C * classes)
     return found

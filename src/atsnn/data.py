@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def _read_idx(path: Path) -> np.ndarray:
         if kind != 8 or values.size != int(np.prod(shape)):
             raise ValueError(f"{values.size} bytes of type {kind} for shape {shape}")
         return values.reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise DataError(f"{path}: expected an IDX file of unsigned bytes, got: {error}") from error
 
 

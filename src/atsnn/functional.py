@@ -10,10 +10,12 @@ from torch import Tensor
 
 from . import ops, reference
 from .checks import (
+    InvalidType,
     InvalidValue,
     check_choice,
     check_device,
     check_dtype,
+    check_finite,
     check_integer,
     check_like,
     check_number,
@@ -59,7 +61,8 @@ def neuron(
     Parameters
     ----------
     x : Tensor
-        ``[T, ...]`` input current; float32, float64, bfloat16 or float16. Any strides.
+        ``[T, ...]`` input current; float32, float64, bfloat16 or float16. Any strides. Finite,
+        which is not checked: from infinite input backends may differ.
     v : Tensor, optional
         ``x.shape[1:]`` membrane potential to begin with, float32 (float64 for a float64 ``x``).
         Default: ``v_reset``, or 0 under a soft reset.
@@ -167,11 +170,15 @@ def _check_qkv(
             f"{op}: num_heads must divide the {q.shape[-1]} channels, got {num_heads}"
         )
     if sizes is not None:
-        _check_sizes(op, sizes, q.shape[1], q.shape[2])
+        _check_sizes(op, sizes, q.shape[1], q.shape[2], q)
 
 
-def _check_sizes(op: str, sizes: Tensor, B: int, N: int) -> None:
+def _check_sizes(op: str, sizes: Tensor, B: int, N: int, like: Tensor) -> None:
     check_shape(op, "sizes", check_tensor(op, "sizes", sizes), B=B, N=N)
+    check_device(op, "sizes", sizes, "the tokens", like)
+    check_finite(op, "sizes", sizes)
+    if not torch.compiler.is_compiling() and bool((sizes < 0).any()):
+        raise InvalidValue(f"{op}: sizes must be at least 0, got {float(sizes.min())}")
 
 
 def spiking_attention(
@@ -206,7 +213,7 @@ def spiking_attention(
     op = "spiking_attention"
     _check_qkv(op, q, k, v, num_heads, sizes)
     check_number(op, "scale", scale)
-    check_choice(op, "backend", backend, ops.BACKENDS)
+    ops.resolve_backend(op, backend, q.device, native=False)
     return reference.spiking_attention(q, k, v, num_heads, scale, sizes)
 
 
@@ -252,7 +259,7 @@ def spike_driven_attention(
     check_number(op, "v_threshold", v_threshold)
     check_number(op, "tau", tau, above=1)
     check_choice(op, "surrogate", surrogate, reference.SURROGATES)
-    check_choice(op, "backend", backend, ops.BACKENDS)
+    ops.resolve_backend(op, backend, q.device, native=False)
     if state is not None:
         check_shape(op, "state", state, B=q.shape[1], one=1, C=q.shape[3])
     out, state = reference.spike_driven_attention(
@@ -330,7 +337,8 @@ def accumulate(h: Tensor, *, accumulator: str = "rectangle", eps: float = 0.01) 
 def ponder_loss(state: HaltingState, *, sizes: Tensor | None = None) -> Tensor:
     """Ponder loss of A-ViT, ``mean over t, k of (D + w[D])``; sizes ``[B, N]`` weigh tokens."""
     if sizes is not None:
-        _check_sizes("ponder_loss", sizes, *state.depth.shape[1:])
+        _, B, N = state.depth.shape
+        _check_sizes("ponder_loss", sizes, B, N, state.depth)
     return reference.ponder_loss(state.depth, state.remainder, sizes)
 
 
@@ -371,7 +379,7 @@ def match_tokens(
     check_tensor(op, "counts", counts)
     check_shape(op, "counts", counts, B=None, N=None, C=None)
     check_choice(op, "match", match, reference.MATCHES)
-    check_choice(op, "backend", backend, ops.BACKENDS)
+    ops.resolve_backend(op, backend, counts.device, native=False)
     if (r is None) == (threshold is None):
         raise InvalidValue(
             f"{op}: exactly one of r and threshold must be given, got r={r}, threshold={threshold}"
@@ -382,11 +390,16 @@ def match_tokens(
         check_number(op, "threshold", threshold)
     B, N, _ = counts.shape
     if sizes is not None:
-        _check_sizes(op, sizes, B, N)
+        _check_sizes(op, sizes, B, N, counts)
     if active_steps is not None:
-        check_shape(
-            op, "active_steps", check_tensor(op, "active_steps", active_steps), B=B, N=N
-        )  # fmt: skip
+        check_tensor(op, "active_steps", active_steps)
+        check_shape(op, "active_steps", active_steps, B=B, N=N)
+        check_device(op, "active_steps", active_steps, "counts", counts)
+        if active_steps.is_floating_point() or active_steps.is_complex():
+            raise InvalidType(
+                f"{op}: active_steps must be an integer tensor, got {active_steps.dtype}"
+            )
+    check_finite(op, "counts", counts)
     if not torch.compiler.is_compiling() and counts.numel():
         bad = (
             (counts < 0) | (counts != counts.round()) if counts.is_floating_point() else counts < 0
@@ -428,10 +441,10 @@ def merge_tokens(
     op = "merge_tokens"
     _check_plan(op, x, plan)
     check_dtype(op, "x", x)
-    check_choice(op, "backend", backend, ops.BACKENDS)
+    ops.resolve_backend(op, backend, x.device, native=False)
     if sizes is None:
         sizes = torch.ones(plan.shape, device=x.device)
-    _check_sizes(op, sizes, *plan.shape)
+    _check_sizes(op, sizes, x.shape[1], x.shape[2], x)
     return reference.merge_tokens(x, plan, sizes)
 
 

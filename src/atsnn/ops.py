@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -43,7 +42,8 @@ except ImportError as error:
 
 # -- backends -------------------------------------------------------------------------------------
 
-_chosen: ContextVar[str] = ContextVar("atsnn_backend", default="auto")
+# A plain global, which torch.compile guards on; a context variable it would silently ignore.
+_chosen = "auto"
 
 
 def native_level() -> str | None:
@@ -62,34 +62,37 @@ def available_backends() -> dict[str, bool | str]:
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Use ``backend`` for every call inside that does not name one itself."""
+    """Use ``backend`` for every call inside that does not name one itself, in every thread."""
+    global _chosen
     check_choice("use_backend", "backend", backend, BACKENDS)
-    token = _chosen.set(backend)
+    before, _chosen = _chosen, backend
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 _warned: set[str] = set()
 
 
-def resolve_backend(op: str, backend: str, device: torch.device) -> str:
+def resolve_backend(op: str, backend: str, device: torch.device, native: bool = True) -> str:
     """The backend that serves the call: ``"native"`` or ``"reference"``.
 
     A backend that was named and cannot serve raises; ``auto`` falls back to the reference and
-    warns once why.
+    warns once why, unless the operation has no native kernel in this version (``native`` false).
     """
     check_choice(op, "backend", backend, BACKENDS)
-    if backend == "auto" and not torch.compiler.is_compiling():
-        backend = _chosen.get()
+    if backend == "auto":
+        backend = _chosen
     if backend == "reference":
         return "reference"
     if backend == "triton":
         raise BackendError(
             f"{op}: backend 'triton' cannot serve the call: {available_backends()['triton']}"
         )
-    if device.type not in ("cpu", "meta"):
+    if not native:
+        reason = "the operation has no native kernel in this version"
+    elif device.type not in ("cpu", "meta"):
         reason = f"the native kernels run on CPU tensors, got a tensor on {device}"
     elif _native is None:
         reason = _native_missing
@@ -97,7 +100,7 @@ def resolve_backend(op: str, backend: str, device: torch.device) -> str:
         return "native"
     if backend == "native":
         raise BackendError(f"{op}: backend 'native' cannot serve the call: {reason}")
-    if reason not in _warned:
+    if native and reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"atsnn computes with the reference: {reason}", stacklevel=4)
     return "reference"
@@ -165,6 +168,20 @@ def _neuron_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that can be differentiated no further, and says so."""
+
+    @staticmethod
+    def forward(ctx, grad, *sources):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "neuron: the native kernels have first derivatives only; backend='reference' has more"
+        )
+
+
 def _neuron_grad(ctx, grad_spikes, grad_v):
     x, v, inv_tau = ctx.saved_tensors
     nothing = (None,) * (3 + len(ctx.settings))
@@ -173,12 +190,15 @@ def _neuron_grad(ctx, grad_spikes, grad_v):
     grad_x, grad_state, grad_factor = torch.ops.atsnn.neuron_backward(
         grad_spikes, grad_v, x, v, inv_tau, *ctx.settings
     )
-    return (
+    grads = [
         grad_x,
         None if v is None else grad_state,
         None if inv_tau is None else grad_factor,
-        *nothing[3:],
-    )
+    ]
+    if torch.is_grad_enabled():  # create_graph=True
+        sources = [t for t in (x, v, inv_tau, grad_spikes, grad_v) if t is not None]
+        grads = [None if g is None else _FirstDerivative.apply(g, *sources) for g in grads]
+    return (*grads, *nothing[3:])
 
 
 torch.library.register_autograd(

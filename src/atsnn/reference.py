@@ -152,13 +152,17 @@ def spiking_attention(
     """
     T, B, N, C = q.shape
     heads = (T, B, N, num_heads, C // num_heads)
+    storage, dtype = q.dtype, arithmetic_dtype(q.dtype)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     if sizes is not None:
-        v = v * sizes.to(v.dtype)[None, :, :, None]
+        v = v * sizes.to(dtype)[None, :, :, None]
     q, k, v = (x.reshape(heads).transpose(2, 3) for x in (q, k, v))
     if order == "auto":
         order = attention_order(N, C // num_heads)
-    out = q @ (k.transpose(-2, -1) @ v) if order == "q_kv" else (q @ k.transpose(-2, -1)) @ v
-    return (out * scale).transpose(2, 3).reshape(T, B, N, C)
+    # Autocast would take the products in a type in which the integers are not exact.
+    with torch.autocast(q.device.type, enabled=False):
+        out = q @ (k.transpose(-2, -1) @ v) if order == "q_kv" else (q @ k.transpose(-2, -1)) @ v
+    return (out * scale).transpose(2, 3).reshape(T, B, N, C).to(storage)
 
 
 def spike_driven_attention(
@@ -178,15 +182,15 @@ def spike_driven_attention(
     potential per image and channel, ``state [B, 1, C]``, with hard reset to 0 and
     ``detach_reset``. Returns the output and the final potentials.
     """
-    kv = k * v
+    kv = (k * v).to(arithmetic_dtype(v.dtype))
     if sizes is not None:
-        kv = kv * sizes.to(v.dtype)[None, :, :, None]
+        kv = kv * sizes.to(kv.dtype)[None, :, :, None]
     alpha = SURROGATES[surrogate].alpha if alpha is None else alpha
     gate, state = neuron(
         kv.sum(2, keepdim=True), state, None, "lif", tau, v_threshold, 0.0, True, True,
         surrogate, alpha,
     )  # fmt: skip
-    return q * gate, state
+    return q * gate.to(q.dtype), state
 
 
 # -- halting --------------------------------------------------------------------------------------
@@ -303,6 +307,8 @@ class HaltingState:
     @property
     def remainder(self) -> Tensor:
         """``[T, B, N]``: the weight of the last executed block, 0 where none was."""
+        if not len(self.weights):
+            return torch.zeros_like(self.depth, dtype=self.weights.dtype)
         last = (self.depth - 1).clamp(min=0).unsqueeze(0)
         return self.weights.gather(0, last).squeeze(0) * (self.depth > 0)
 
@@ -343,7 +349,7 @@ def accumulate(h: Tensor, accumulator: str = "rectangle", eps: float = 0.01) -> 
     if not active:
         empty = h.new_zeros(h.shape)
         return HaltingState(
-            empty.bool(), empty, empty, torch.zeros(h.shape[1:], dtype=torch.int64)
+            empty.bool(), empty, empty, h.new_zeros(h.shape[1:], dtype=torch.int64)
         )  # fmt: skip
     ran = torch.stack(active)
     return HaltingState(ran, torch.stack(H), torch.stack(weights), ran.sum(0))
@@ -361,13 +367,13 @@ def ponder_loss(depth: Tensor, remainder: Tensor, sizes: Tensor | None = None) -
     """
     cost = depth + remainder
     if sizes is None:
-        return cost.mean()
-    return (cost * sizes).sum() / (sizes.sum() * depth.shape[0])
+        return cost.sum() / max(cost.numel(), 1)
+    return (cost * sizes).sum() / (sizes.sum() * depth.shape[0]).clamp(min=1)
 
 
 def executed_share(active: Tensor) -> Tensor:
     """Share of the ``L * T * B * N`` cells that were executed, a 0-d tensor."""
-    return active.double().mean().to(torch.float32)
+    return (active.sum(dtype=torch.float64) / max(active.numel(), 1)).to(torch.float32)
 
 
 def readout_block(x: Tensor, w: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -494,7 +500,7 @@ def merge_tokens(x: Tensor, plan: MergePlan, sizes: Tensor, bits: int = ROW_BITS
     total = torch.zeros_like(flat, dtype=torch.float64)
     total = total.scatter_add(2, target, flat.double() * weight)
     after = merged_sizes(sizes.double(), plan)[None, :, :, None]
-    mean = round_to(total / after.clamp(min=1), bits).to(x.dtype)
+    mean = round_to(total / after.masked_fill(after == 0, 1.0), bits).to(x.dtype)
     takes = merged_sizes(torch.ones_like(plan.target), plan) > 1
     out = torch.where(takes[None, :, :, None], mean, flat)
     out = out.masked_fill(plan.merged[None, :, :, None], 0.0)
@@ -517,7 +523,8 @@ def masked_batch_norm(
     """``bn`` over the active rows of ``x [T, B, N, C]``; inactive rows are not meaningful.
 
     In training the statistics are those of the active rows, gathered in layout order; with fewer
-    than 32 of them the running statistics are used and not updated.
+    than 32 of them the running statistics are used and not updated. ``layout`` is ``None`` where
+    neither halting nor merging is on: then ``bn`` is applied as it is, as in plain Spikformer.
     """
     if layout is None or not bn.training:
         return bn(x.flatten(0, 2)).view(x.shape)

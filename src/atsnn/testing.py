@@ -49,7 +49,7 @@ def exact_model(config: SpikformerConfig, seed: int = 0) -> ATSpikformer:
         Chooses weights and calibration images.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = ATSpikformer(config).eval()
+    model = ATSpikformer(config.replace(bn_eps=BN_EPS)).eval()
 
     def grid(tensor: Tensor, low: int, high: int, bits: int) -> None:
         values = torch.randint(low, high + 1, tensor.shape, generator=generator)
@@ -63,7 +63,6 @@ def exact_model(config: SpikformerConfig, seed: int = 0) -> ATSpikformer:
                 if module.bias is not None:
                     grid(module.bias, -2, 2, 3)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eps = BN_EPS
                 grid(module.bias, -2, 6, 3)
                 hooks.append(module.register_forward_pre_hook(_calibrate))
         images = exact_images(config, 4, seed + 1)

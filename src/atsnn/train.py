@@ -26,7 +26,7 @@ from .checks import (
 )
 from .data import Split
 from .nn.config import SpikformerConfig
-from .nn.model import ATSpikformer
+from .nn.model import ATSpikformer, evaluating
 from .nn.trace import Trace
 
 __all__ = ["Evaluation", "TrainConfig", "evaluate", "train", "training_loss"]
@@ -84,7 +84,7 @@ class TrainConfig:
         check_integer(op, "epochs", self.epochs, at_least=1)
         check_integer(op, "batch_size", self.batch_size, at_least=2)
         check_integer(op, "shift", self.shift, at_least=0, at_most=self.model.image_size // 2)
-        check_integer(op, "seed", self.seed, at_least=0)
+        check_integer(op, "seed", self.seed, at_least=0, at_most=2**31 - 1)
         check_number(op, "lr", self.lr, above=0)
         check_number(op, "weight_decay", self.weight_decay, at_least=0)
         check_number(op, "label_smoothing", self.label_smoothing, at_least=0, below=1)
@@ -135,18 +135,16 @@ def evaluate(model: ATSpikformer, split: Split, batch_size: int = 128) -> Evalua
     """Accuracy and executed cells of ``model``, in evaluation mode, on ``split``."""
     if len(split) == 0:
         raise InvalidValue("evaluate: expected at least one image, got none")
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     right, loss, cells = 0, 0.0, torch.zeros(model.config.depth, model.config.T)
-    for start in range(0, len(split), batch_size):
-        images = split.images[start : start + batch_size].to(device)
-        labels = split.labels[start : start + batch_size].to(device)
-        trace = model(images, return_trace=True)
-        right += int((trace.logits.argmax(1) == labels).sum())
-        loss += float(nnf.cross_entropy(trace.logits.float(), labels, reduction="sum"))
-        cells += trace.active.sum((2, 3)).cpu()
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(split), batch_size):
+            images = split.images[start : start + batch_size].to(device)
+            labels = split.labels[start : start + batch_size].to(device)
+            trace = model(images, return_trace=True)
+            right += int((trace.logits.argmax(1) == labels).sum())
+            loss += float(nnf.cross_entropy(trace.logits.float(), labels, reduction="sum"))
+            cells += trace.active.sum((2, 3)).cpu()
     share = cells / (len(split) * model.config.grid**2)
     return Evaluation(
         accuracy=right / len(split),
@@ -257,9 +255,15 @@ def train(
     model = ATSpikformer(config.model)
     optimizer = _optimizer(model, config)
     batches = len(labels) // config.batch_size
+    steps = config.epochs * batches
+    if steps < 2:
+        raise InvalidValue(
+            f"train: expected at least two batches in the run, got {steps} of {config.batch_size} "
+            f"from {len(labels)} images and {config.epochs} epochs"
+        )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups],
-        total_steps=config.epochs * batches, pct_start=0.1,
+        total_steps=steps, pct_start=max(0.1, 1.5 / steps),
     )  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     plain: ATSpikformer = accelerator.unwrap_model(model)
@@ -320,7 +324,7 @@ def train(
 def _warm_up_linear_score(model: ATSpikformer, config: TrainConfig, epoch: int) -> None:
     """The linear score learns in the second half only: earlier it costs accuracy."""
     if model.halting is not None and model.halting.weight is not None:
-        model.halting.weight.requires_grad_(epoch >= config.epochs // 2)
+        model.halting.weight.requires_grad_(epoch >= (config.epochs + 1) // 2)
 
 
 def _warnings(test: Evaluation, config: TrainConfig) -> list[str]:

@@ -46,6 +46,8 @@ class SpikformerConfig:
         Scale of the spiking attention and threshold of the LIF after it.
     bias : bool
         Whether the linear layers of the blocks have a bias (Spikformer for CIFAR has).
+    bn_eps : float
+        ``eps`` of every BatchNorm.
     tau, surrogate, alpha
         Of every LIF: time constant, surrogate derivative and its steepness.
     halting : {"rectangle", "depth", "sequential"} or None
@@ -79,6 +81,7 @@ class SpikformerConfig:
     attn_scale: float = 0.125
     attn_threshold: float = 0.5
     bias: bool = True
+    bn_eps: float = 1e-5
     tau: float = 2.0
     surrogate: str = "sigmoid"
     alpha: float | None = None
@@ -117,6 +120,12 @@ class SpikformerConfig:
         check_number(op, "mlp_ratio", self.mlp_ratio, above=0)
         check_number(op, "attn_scale", self.attn_scale, above=0)
         check_number(op, "attn_threshold", self.attn_threshold, above=0)
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise InvalidValue(
+                f"{op}: the MLP must have a hidden channel, got embed_dim * mlp_ratio = "
+                f"{self.embed_dim} * {self.mlp_ratio}"
+            )
+        check_number(op, "bn_eps", self.bn_eps, above=0)
         check_number(op, "tau", self.tau, above=1)
         check_number(op, "eps", self.eps, above=0, below=1)
         if self.alpha is not None:

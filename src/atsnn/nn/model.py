@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,8 @@ class ATSpikformer(nn.Module):
                 TokenMerge(r=r if threshold is None else None, threshold=threshold,
                            match=config.merge_match)
             )  # fmt: skip
+        for norm in batch_norms(self):
+            norm.eps = config.bn_eps
         self.apply(_initialise)
 
     # -- execution --------------------------------------------------------------------------------
@@ -365,6 +369,23 @@ class ATSpikformer(nn.Module):
         run.active = run.active & ~plan.merged
         run.source = plan.target.gather(1, run.source)
         return x
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Every BatchNorm of a model."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _initialise(module: nn.Module) -> None:

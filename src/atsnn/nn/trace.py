@@ -21,8 +21,8 @@ class Trace:
     active : Tensor
         ``[L, T, B, N]`` bool, the executed cells; a merged-away token is not active.
     depth : Tensor
-        ``[T, B, N]`` int64, blocks executed for each original token (a merged token's are those
-        of the token that took it in).
+        ``[T, B, N]`` int64, blocks executed for each original token: from the merge on, those of
+        the token that holds it.
     ponder_loss : Tensor
         0-d, ``mean over t, k of (D + w[D])``.
     scores : Tensor
