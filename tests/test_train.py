@@ -194,8 +194,15 @@ def test_resuming_refuses_other_settings_and_damaged_states(tmp_path):
     with pytest.raises(InvalidValue, match="holds an earlier run; give --resume"):
         train(short, tmp_path)
     other = dataclasses.replace(short, lr=0.5, model=MODEL.replace(depth=3))
-    with pytest.raises(InvalidValue, match="got others for: lr, model.depth"):
+    with pytest.raises(
+        InvalidValue, match=r"got lr = 0.5 \(the run has 0.02\), model.depth = 3 \(the"
+    ):
         train(other, tmp_path, resume=True)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    lines = []
+    train(short, tmp_path, resume=True, log=lines.append)
+    assert lines == ["all 1 epochs of the run are done"]
+    atsnn.from_pretrained(tmp_path)  # written again from the state
     (tmp_path / STATE).write_bytes(b"not a state")
     with pytest.raises(CheckpointError, match="expected the state of an atsnn training run"):
         train(short, tmp_path, resume=True)

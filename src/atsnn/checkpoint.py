@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .checks import AtsnnError, CheckpointError, InvalidValue
+from .checks import AtsnnError, CheckpointError, InvalidType, InvalidValue
 from .nn.config import SpikformerConfig
 from .nn.model import ATSpikformer, batch_norms
 
@@ -54,6 +54,8 @@ def save_pretrained(
 
 def _locate(name: str | Path) -> Path:
     """The folder of a checkpoint: a packaged name, a folder, or a model id on the hub."""
+    if not isinstance(name, str | Path):
+        raise InvalidType(f"from_pretrained: expected a name or a path, got {type(name).__name__}")
     if isinstance(name, str) and name in PACKAGED:
         return PACKAGED[name]
     path = Path(name)
@@ -121,6 +123,10 @@ def from_pretrained(name: str | Path) -> ATSpikformer:
         model = ATSpikformer(SpikformerConfig.from_dict(config.get("model")))  # type: ignore[arg-type]
     except AtsnnError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: expected a model that fits into memory, got: {error}"
+        ) from error
     want = model.state_dict()
     if not path.is_file():
         raise CheckpointError(f"{folder}: expected a file {WEIGHTS}, got none")

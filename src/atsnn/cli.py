@@ -79,7 +79,10 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", default="digits", help="data set: digits, fashion-mnist")
     sub.add_argument("--data-dir", help="folder with the files of the data set")
     sub.add_argument("--out", type=Path, help="folder for the checkpoint (default: runs/DATA)")
-    sub.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    sub.add_argument(
+        "--resume", action="store_true",
+        help="continue a run that was cut off, with all its settings given again",
+    )  # fmt: skip
     sub.add_argument("--epochs", type=int, default=20)
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
@@ -238,6 +241,8 @@ def _show(args: argparse.Namespace) -> int:
     check_integer("show", "--start", args.start, at_least=0, at_most=len(split) - 1)
     if args.out.suffix.lower() != ".png":
         raise InvalidValue(f"show: --out must end in .png, got {args.out}")
+    if args.out.is_dir():
+        raise InvalidValue(f"show: --out must be a file, got the folder {args.out}")
     path = report.depth_map(model, split, args.out, args.count, args.start)
     _console().print(f"wrote {path}")
     return GOOD
@@ -287,6 +292,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_USE
     except BrokenPipeError:
         return GOOD
+    except OSError as error:  # a file or folder that cannot be read or written
+        print(
+            f"atsnn: {args.command}: expected files that can be used, got {error}", file=sys.stderr
+        )
+        return WRONG_USE
     except KeyboardInterrupt:
         print("atsnn: interrupted", file=sys.stderr)
         return 130

@@ -113,6 +113,8 @@ def cost(model: ATSpikformer, x: Tensor) -> Cost:
     """
     if not isinstance(model, ATSpikformer):
         raise InvalidType(f"cost: model must be an ATSpikformer, got {type(model).__name__}")
+    if not isinstance(x, Tensor):
+        raise InvalidType(f"cost: x must be a torch.Tensor, got {type(x).__name__}")
     with evaluating(model), torch.no_grad():
         still = x.dim() == 4
         found = cost_of_trace(model.config, model(x, return_trace=True), still)

@@ -122,6 +122,11 @@ def neuron(
         raise InvalidValue(f"{op}: x must have shape (T, ...), got a 0-d tensor")
     check_choice(op, "kind", kind, KINDS)
     check_choice(op, "surrogate", surrogate, reference.SURROGATES)
+    for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
+        if not isinstance(flag, bool):
+            raise InvalidType(f"{op}: {name} must be True or False, got {flag!r}")
+    if x.layout != torch.strided:
+        raise InvalidType(f"{op}: x must be a dense tensor, got layout {x.layout}")
     check_number(op, "v_threshold", v_threshold)
     if v_reset is not None:
         check_number(op, "v_reset", v_reset)

@@ -102,7 +102,9 @@ def threads(number: int | None) -> Iterator[int]:
     """Run with ``number`` threads (None: as many as now), and restore them."""
     now = torch.get_num_threads()
     if number is not None:
-        torch.set_num_threads(check_integer("threads", "number", number, at_least=1))
+        torch.set_num_threads(
+            check_integer("threads", "--threads", number, at_least=1, at_most=1024)
+        )
     try:
         yield torch.get_num_threads()
     finally:

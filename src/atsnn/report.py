@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_tables", "depth_map", "evaluation_table"]
 
+NOISY = 0.3  # spread of a timing, over its median, that the reader is warned of
 PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
 
 
@@ -128,9 +129,14 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
         _latency_table(result["latency"]),
     ]
     if result["latency"]:
+        noise = f"quartile distance up to {100 * max(spreads):.0f} % of the median"
+        if rounds < 4:
+            noise = "too few rounds to tell the spread"
+        elif max(spreads) > NOISY:
+            noise += ": a noisy run, repeat it before you rely on its times"
         out.append(
-            f"medians of {rounds} interleaved rounds; quartile distance up to "
-            f"{100 * max(spreads):.0f} % of the median. realized = latency saved / FLOPs saved."
+            f"medians of {rounds} interleaved rounds; {noise}. "
+            "realized = latency saved / FLOPs saved."
         )
     if result["execution"] == "masked":
         out.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,10 @@ def train(
 
     folder = Path(folder)
     check_empty_or_ours(folder)
+    try:  # now, not after the first epoch
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidValue(f"train: expected a folder that can be made, got {error}") from error
     if not resume and (folder / STATE).exists():
         raise InvalidValue(
             f"train: {folder} holds an earlier run; give --resume to continue it, or another folder"
@@ -270,6 +275,10 @@ def train(
     history: list[dict[str, float]] = []
     if resume:
         history = _restore(folder, config, plain, optimizer, schedule)
+        if len(history) == config.epochs:
+            log(f"all {config.epochs} epochs of the run are done")
+            # The state is whole; the files made from it may not be.
+            _save(folder, config, plain, optimizer, schedule, history)
 
     for epoch in range(len(history), config.epochs):
         model.train()
@@ -369,24 +378,34 @@ def _restore(folder: Path, config: TrainConfig, model, optimizer, schedule) -> l
         raise InvalidValue(f"train: --resume expected a file {path}, got none")
     try:
         # weights_only: tensors and plain containers, nothing that could run code.
-        state = torch.load(path, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file that is refused anyway
+            state = torch.load(path, weights_only=True)
         kept = state["config"]
     except Exception as error:  # torch.load raises many unrelated types on a damaged file
         raise CheckpointError(
             f"{path}: expected the state of an atsnn training run, got: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         ) from error
     now = json.loads(json.dumps(config.to_dict()))
     kept = json.loads(json.dumps(kept))
     if kept != now:
-        differ = sorted(k for k in now if k != "model" and kept.get(k) != now[k]) + sorted(
-            f"model.{k}" for k in now["model"] if kept["model"].get(k) != now["model"][k]
-        )
+        ran, wanted = _flat(kept), _flat(now)
+        differ = [
+            f"{name} = {wanted.get(name)!r} (the run has {ran.get(name)!r})"
+            for name in sorted(wanted)
+            if wanted.get(name) != ran.get(name)
+        ]
         raise InvalidValue(
-            f"train: --resume expected the settings of the run in {folder}, got others for: "
-            f"{', '.join(differ)}"
+            f"train: --resume expected the settings of the run in {folder}, got {', '.join(differ)}"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return list(state["history"])
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name, those of the model as ``model.NAME``."""
+    model = {f"model.{name}": value for name, value in config["model"].items()}
+    return {name: value for name, value in config.items() if name != "model"} | model

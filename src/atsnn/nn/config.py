@@ -96,8 +96,15 @@ class SpikformerConfig:
 
     def __post_init__(self) -> None:
         op = "SpikformerConfig"
+        # The upper bounds are far beyond any use; they keep a damaged file from building for ever.
         for name in ("in_channels", "num_classes", "depth", "num_heads", "T"):
-            check_integer(op, name, getattr(self, name), at_least=1)
+            check_integer(
+                op,
+                name,
+                getattr(self, name),
+                at_least=1,
+                at_most=1000 if name == "depth" else 2**20,
+            )
         for name, values in (
             ("stem", STEMS), ("pool", POOLS), ("attention", ATTENTIONS), ("readout", READOUTS),
             ("score", SCORES), ("merge_match", MATCHES), ("surrogate", SURROGATES),
