@@ -15,6 +15,15 @@ from .checks import AtsnnError, InvalidValue, require
 GOOD, FAILED, WRONG_USE = 0, 1, 2
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="atsnn",
@@ -26,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )  # fmt: skip
         sub.set_defaults(run=run)
         return sub
@@ -83,31 +92,37 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
         "--resume", action="store_true",
         help="continue a run that was cut off, with all its settings given again",
     )  # fmt: skip
-    sub.add_argument("--epochs", type=int, default=20)
-    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--epochs", type=int, default=20, help="passes over the images")
+    sub.add_argument("--batch-size", type=int, default=64, help="images a step")
     sub.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
-    sub.add_argument("--weight-decay", type=float, default=0.05)
+    sub.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW")
     sub.add_argument("--shift", type=int, default=2, help="random shift of the images in pixels")
     sub.add_argument("--limit", type=int, help="train on the first LIMIT images only")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="of weights and batches")
     sub.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
     model = sub.add_argument_group("model")
     model.add_argument("--image-size", type=int, default=32, help="images are resized to this")
-    model.add_argument("--embed-dim", type=int, default=64)
-    model.add_argument("--depth", type=int, default=4)
-    model.add_argument("--heads", type=int, default=4)
-    model.add_argument("--timesteps", type=int, default=4)
+    model.add_argument("--embed-dim", type=int, default=64, help="channels of a token")
+    model.add_argument("--depth", type=int, default=4, help="blocks")
+    model.add_argument("--heads", type=int, default=4, help="attention heads")
+    model.add_argument("--timesteps", type=int, default=4, help="timesteps T")
     halting = sub.add_argument_group("halting and merging")
     halting.add_argument(
-        "--halting", default="rectangle", choices=("rectangle", "depth", "sequential", "none")
+        "--halting",
+        default="rectangle",
+        choices=("rectangle", "depth", "sequential", "none"),
+        help="how halting scores accumulate",
     )
     halting.add_argument(
-        "--score", default="first", choices=("first", "mean", "linear", "constant")
+        "--score",
+        default="first",
+        choices=("first", "mean", "linear", "constant"),
+        help="what the halting score is computed from",
     )
     halting.add_argument(
-        "--target", type=float, default=0.5, help="share of cells to execute, the budget"
+        "--target", type=float, default=0.6, help="share of cells to execute, the budget"
     )
-    halting.add_argument("--ponder-weight", type=float, default=1.0)
+    halting.add_argument("--ponder-weight", type=float, default=1.0, help="of the ponder loss")
     halting.add_argument(
         "--no-budget", action="store_true", help="weigh the ponder loss alone, without a target"
     )

@@ -75,7 +75,7 @@ class TrainConfig:
     clip: float = 1.0
     shift: int = 2
     ponder_weight: float = 1.0
-    target: float | None = 0.5
+    target: float | None = 0.6
     seed: int = 0
     limit: int | None = None
 
