@@ -199,7 +199,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from . import bench, measure, report
-    from .checkpoint import PACKAGED, from_pretrained
+    from .checkpoint import from_pretrained
 
     console = _console()
     model, split = _load(args)
@@ -209,7 +209,6 @@ def _bench(args: argparse.Namespace) -> int:
             "trained without halting": from_pretrained("digits-dense"),
             "constant score (control)": from_pretrained("digits-constant"),
         }
-        assert set(PACKAGED) >= {"digits-dense", "digits-constant"}
     with measure.threads(args.threads), console.status("starting") as status:
         try:
             result = bench.bench(
@@ -287,7 +286,7 @@ def _train(args: argparse.Namespace) -> int:
     with measure.threads(args.threads):
         _, found = train(
             config, folder, resume=args.resume, progress=sys.stderr.isatty(),
-            log=lambda line: console.print(line),
+            log=console.print,
         )  # fmt: skip
     _write_json(args.json, found.to_dict() | {"checkpoint": str(folder), "data": args.data})
     console.print(

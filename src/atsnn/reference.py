@@ -371,6 +371,16 @@ def ponder_loss(depth: Tensor, remainder: Tensor, sizes: Tensor | None = None) -
     return (cost * sizes).sum() / (sizes.sum() * depth.shape[0]).clamp(min=1)
 
 
+def ponder_block(block: int, w: Tensor, last: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """What tokens that stop at a block (the first is 1) give to the ponder loss: sum of D + w[D].
+
+    ``w`` and ``last`` are those of :func:`halting_weights`; 0-d float64, the sum that
+    :func:`ponder_loss` takes the mean of.
+    """
+    cost = (block + w.double()) * last
+    return (cost if sizes is None else cost * sizes).sum()
+
+
 def executed_share(active: Tensor) -> Tensor:
     """Share of the ``L * T * B * N`` cells that were executed, a 0-d tensor."""
     return (active.sum(dtype=torch.float64) / max(active.numel(), 1)).to(torch.float32)

@@ -142,7 +142,7 @@ def evaluate(model: ATSpikformer, split: Split, batch_size: int = 128) -> Evalua
         for start in range(0, len(split), batch_size):
             images = split.images[start : start + batch_size].to(device)
             labels = split.labels[start : start + batch_size].to(device)
-            trace = model(images, return_trace=True)
+            trace = model(images, return_trace=True, firing_rates=False)
             right += int((trace.logits.argmax(1) == labels).sum())
             loss += float(nnf.cross_entropy(trace.logits.float(), labels, reduction="sum"))
             cells += trace.active.sum((2, 3)).cpu()
@@ -295,7 +295,7 @@ def train(
         for batch in range(batches):
             index = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             x = _shifted(images[index], config.shift, generator).to(accelerator.device)
-            trace = model(x, return_trace=True)
+            trace = model(x, return_trace=True, firing_rates=False)
             loss, share = training_loss(
                 trace, labels[index].to(accelerator.device), config, plain.halting is not None
             )

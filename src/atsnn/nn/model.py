@@ -26,6 +26,7 @@ from ..reference import (
     halting_weights,
     merge_tokens,
     merged_sizes,
+    ponder_block,
     readout,
     readout_block,
 )
@@ -60,11 +61,7 @@ class Head(nn.Linear):
 
 
 class _Run:
-    """Halting and merging of one pass: everything that changes from block to block.
-
-    ``T`` timesteps of the tokens ``[T, B, N, C]`` that the pass holds; with the sequential
-    accumulator each timestep is a pass of its own.
-    """
+    """Halting and merging of a pass over all timesteps: what changes from block to block."""
 
     def __init__(self, model: ATSpikformer, x: Tensor) -> None:
         self.model = model
@@ -169,7 +166,9 @@ class ATSpikformer(nn.Module):
 
     # -- forward ----------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, return_trace: bool = False) -> Tensor | Trace:
+    def forward(
+        self, x: Tensor, return_trace: bool = False, firing_rates: bool = True
+    ) -> Tensor | Trace:
         """Images to logits.
 
         Parameters
@@ -179,13 +178,15 @@ class ATSpikformer(nn.Module):
             the dtype of the parameters.
         return_trace : bool
             Whether to return a :class:`Trace` instead of the logits.
+        firing_rates : bool
+            Whether the trace holds firing rates; counting spikes takes time in training.
 
         Returns
         -------
         Tensor or Trace
             ``[B, num_classes]`` logits.
         """
-        rates = FiringRates() if return_trace else None
+        rates = FiringRates() if return_trace and firing_rates else None
         return self.forward_tokens(self.embed(x, rates), return_trace, rates)
 
     def embed(self, x: Tensor, rates: FiringRates | None = None) -> Tensor:
@@ -200,8 +201,6 @@ class ATSpikformer(nn.Module):
         self, x: Tensor, return_trace: bool = False, rates: FiringRates | None = None
     ) -> Tensor | Trace:
         """Blocks, halting, merging, readout and head, from tokens ``[T, B, N, C]``."""
-        if return_trace and rates is None:
-            rates = FiringRates()
         if self.config.halting == "sequential":
             return self._sequential(x, return_trace, rates)
         return self._parallel(x, return_trace, rates)
@@ -256,9 +255,7 @@ class ATSpikformer(nn.Module):
             self._read(run, x, w, last)
             held = run.active.gather(2, run.source.expand(run.active.shape))
             run.depth = run.depth + held
-            if last.any():
-                cost = (number + 1 + w.double()) * run.sizes
-                run.ponder = run.ponder + (cost * last).sum()
+            run.ponder = run.ponder + ponder_block(number + 1, w, last, run.sizes)
             for name, value in (
                 ("active", run.active), ("scores", h), ("weights", w), ("sizes", run.sizes),
             ):  # fmt: skip
@@ -269,12 +266,11 @@ class ATSpikformer(nn.Module):
         logits = self.head(readout(run.features, max(T * N, 1)))
         if not return_trace:
             return logits
-        assert rates is not None
         return Trace(
             logits, torch.stack(kept["active"]), run.depth,
             (run.ponder / max(T * B * N, 1)).to(torch.float32), torch.stack(kept["scores"]),
             torch.stack(kept["weights"]), run.sizes, torch.stack(kept["sizes"]), run.source,
-            rates.rates(),
+            {} if rates is None else rates.rates(),
         )  # fmt: skip
 
     def _sequential(
@@ -285,13 +281,11 @@ class ATSpikformer(nn.Module):
         L, (T, B, N, C) = c.depth, x.shape
         total = x.new_zeros((B, N), dtype=torch.float32)
         ran = torch.zeros((L, T, B, N), dtype=torch.bool, device=x.device)
-        scores = x.new_zeros((L, T, B, N), dtype=torch.float32)
-        weights: list[list[Tensor]] = []
+        scores, weights = [], []  # of each cell, in the order they run
         features = x.new_zeros((B, N, C), dtype=torch.float64)
         ponder = x.new_zeros((), dtype=torch.float64)
         state: dict[str, Tensor] = {}
         training = [m for m in self.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-        score_list = []
         try:
             # The statistics of one timestep's cells are not those of a batch.
             for bn in training:
@@ -299,25 +293,23 @@ class ATSpikformer(nn.Module):
             for t in range(T):
                 y = x[t : t + 1]
                 before = torch.zeros_like(total)
-                weights.append([])
                 for number, block in enumerate(self.block):
-                    active = (total < 1 - c.eps).unsqueeze(0)
+                    active = active_cells(total, c.eps, "sequential").unsqueeze(0)
                     ran[number, t] = active[0]
                     layout = TokenLayout.from_active_steps(active.sum(0), 1)
                     context = Context(layout, None, state, rates, f"block.{number}")
                     if layout.num_rows:
                         y, _ = block.forward_with_keys(y, context)
                     h = self._scores(y, active)[0]
-                    score_list.append(h)
-                    scores[number, t] = h.detach()
+                    scores.append(h)
                     total = total + h
-                    goes_on = (total < 1 - c.eps) if number + 1 < L else torch.zeros_like(active[0])
+                    goes_on = self._goes_on(total, active[0], last=number + 1 == L)
                     w, last = halting_weights(h, before, active[0], goes_on)
                     before = before + h
-                    weights[-1].append(w)
+                    weights.append(w)
                     used = w if c.readout == "mean-field" else last.to(w.dtype)
                     features = features + used.double().unsqueeze(-1) * y[0].double()
-                    ponder = ponder + ((number + 1 + w.double()) * last).sum()
+                    ponder = ponder + ponder_block(number + 1, w, last)
         finally:
             for bn in training:
                 bn.train()
@@ -327,14 +319,14 @@ class ATSpikformer(nn.Module):
         logits = self.head(readout(per_token.sum(1), max(N, 1)))
         if not return_trace:
             return logits
-        assert rates is not None
         sizes = x.new_ones((B, N), dtype=torch.float32)
-        all_scores = torch.stack(score_list).view(T, L, B, N).transpose(0, 1)
-        all_weights = torch.stack([torch.stack(row) for row in weights]).transpose(0, 1)
+        all_scores, all_weights = (
+            torch.stack(cells).view(T, L, B, N).transpose(0, 1) for cells in (scores, weights)
+        )
         return Trace(
             logits, ran, depth, (ponder / max(T * B * N, 1)).to(torch.float32), all_scores,
             all_weights, sizes, sizes.expand(L, B, N),
-            torch.arange(N, device=x.device).repeat(B, 1), rates.rates(),
+            torch.arange(N, device=x.device).repeat(B, 1), {} if rates is None else rates.rates(),
         )  # fmt: skip
 
     def _scores(self, x: Tensor, active: Tensor) -> Tensor:
