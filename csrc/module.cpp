@@ -248,5 +248,4 @@ TORCH_LIBRARY_IMPL(atsnn, CPU, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native kernels of atsnn; the operations live in torch.ops.atsnn.";
   m.def("level", &atsnn::level_name, "Instruction set in use: 'avx512', 'avx2' or 'portable'.");
-  m.def("compiler", [] { return std::string(__VERSION__); }, "Version of the compiler.");
 }

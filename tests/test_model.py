@@ -153,7 +153,21 @@ def test_a_still_image_is_the_image_repeated():
     other = exact_model(small("rectangle")).train()
     torch.testing.assert_close(model(images), other(images.repeat(3, 1, 1, 1, 1)))
     for a, b in zip(model.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+
+def test_merged_tokens_weigh_by_their_size_in_attention_and_ponder():
+    model = exact_model(small("merging"))
+    sizes = []
+    for block in model.block:
+        block.forward_with_keys = lambda x, c, f=block.forward_with_keys: (
+            sizes.append(c.sizes) or f(x, c)
+        )
+    with torch.no_grad():
+        trace = model(exact_images(model.config, 2), return_trace=True)
+    assert trace.sizes.max() > 1
+    assert torch.equal(torch.stack(sizes), trace.block_sizes)
+    assert float(trace.ponder_loss) == model.config.depth + 1, "nothing halts: D + 1 for everyone"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -37,8 +37,10 @@ def test_writes_a_checkpoint_a_log_and_a_state(tmp_path):
     assert sum(line.startswith("epoch") for line in lines) == 2
 
 
-def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, monkeypatch):
-    whole, _ = train(CONFIG, tmp_path / "whole")
+@pytest.mark.parametrize("changes", [{}, dict(merge_r=1, merge_match="random")], ids=str)
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, changes):
+    config = dataclasses.replace(CONFIG, model=MODEL.replace(**changes))
+    whole, _ = train(config, tmp_path / "whole")
 
     class Cut(Exception):
         pass
@@ -48,8 +50,8 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, monkeypatc
             raise Cut
 
     with pytest.raises(Cut):
-        train(CONFIG, tmp_path / "cut", log=cut)
-    resumed, _ = train(CONFIG, tmp_path / "cut", resume=True)
+        train(config, tmp_path / "cut", log=cut)
+    resumed, _ = train(config, tmp_path / "cut", resume=True)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
