@@ -16,8 +16,9 @@ from hypothesis import given
 
 import atsnn
 import atsnn.functional as F
-from atsnn import ops, reference
+from atsnn import reference
 from atsnn.checks import BackendError, InvalidType, InvalidValue
+from atsnn.ops import backends
 
 BACKENDS = ("native", "reference")
 
@@ -320,7 +321,7 @@ def op_arguments(grad: bool, kind: str = "lif", dtype=torch.float32):
     x = torch.randn(3, 5, 7, dtype=dtype, requires_grad=grad)
     v = torch.randn(5, 7, dtype=reference.arithmetic_dtype(dtype), requires_grad=grad)
     inv_tau = torch.tensor(0.4, requires_grad=grad) if kind == "plif" else None
-    return (x, v, inv_tau, kind, 2.0, 1.0, 0.0, True, False, "sigmoid", 4.0)
+    return (x, v, inv_tau, None, None, kind, 2.0, 1.0, 0.0, True, False, "sigmoid", 4.0)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -462,9 +463,9 @@ def test_use_backend(monkeypatch):
 
 
 def test_without_the_extension_auto_warns_once_and_native_refuses(monkeypatch):
-    monkeypatch.setattr(ops, "_native", None)
-    monkeypatch.setattr(ops, "_native_missing", "not built")
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(backends, "native", None)
+    monkeypatch.setattr(backends, "native_missing", "not built")
+    monkeypatch.setattr(backends, "_warned", set())
     x = torch.randn(2, 3)
     with pytest.warns(UserWarning, match="not built"):
         F.neuron(x)

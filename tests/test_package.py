@@ -67,7 +67,7 @@ def test_works_without_the_extension(tmp_path):
         "    s, _ = F.neuron(torch.ones(3, 2) * 4); F.neuron(torch.ones(3, 2))\n"
         "    x = torch.ones(3, 2, requires_grad=True)\n"
         "    settings = ('lif', 2., 1., 0., True, True, 'atan', 2.)\n"
-        "    torch.ops.atsnn.neuron(x, None, None, *settings)[0].sum().backward()\n"
+        "    torch.ops.atsnn.neuron(x, None, None, None, None, *settings)[0].sum().backward()\n"
         "print(len(seen), s.sum().item(), x.grad.abs().sum().item() > 0)\n"
     )
     result = python(code)

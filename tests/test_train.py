@@ -89,7 +89,7 @@ def test_it_learns(tmp_path):
     model = atsnn.ATSpikformer(MODEL.replace(embed_dim=32, depth=3, num_heads=4))
     config = TrainConfig(model.config, target=0.6, label_smoothing=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for _ in range(80):
+    for _ in range(120):
         trace = model(split.images[:64], return_trace=True)
         loss, share = training_loss(trace, split.labels[:64], config, halts=True)
         optimizer.zero_grad()

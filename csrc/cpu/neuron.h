@@ -1,4 +1,4 @@
-// Spiking neurons (LIF, IF, PLIF) over T timesteps of M columns: declarations.
+// Spiking neurons (LIF, IF, PLIF) over the timesteps of active rows: declarations.
 //
 // The formula's home is `neuron` in src/atsnn/reference.py:
 //   charge   integrate:  u = v + x
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "layout.h"
 #include "storage.h"
 
 namespace atsnn {
@@ -41,49 +42,56 @@ struct NeuronParams {
   double alpha;
 };
 
+// Tokens keep their rank through time, so the rows of an image are columns, N * C at most, of which
+// the first count(t, b) * C exist at timestep t. A dense [T, ...] tensor is one image of one token.
 template <class S>
 struct NeuronForward {
-  const S* x;  // [T, M], rows `x_stride` apart (0: the same input at each step)
-  int64_t x_stride;
-  const arithmetic_t<S>* v_init;  // [M], or null: v_reset
-  S* spikes;                      // [T, M]
+  const S* x;                     // [R, C]
+  int64_t x_stride;               // between rows; not C only where an image has one token
+  const arithmetic_t<S>* v_init;  // [B, N, C] in token order, or null: v_reset
+  S* spikes;                      // [R, C]
   bool stream;                    // spikes pass the caches by; see can_stream
-  arithmetic_t<S>* v_final;       // [M]
-  int64_t T, M;
+  arithmetic_t<S>* v_final;       // [B, N, C] in token order
+  Layout layout;
+  int64_t C;
 };
 
 template <class S>
 struct NeuronBackward {
-  const S* x;  // [T, M], rows `x_stride` apart
+  const S* x;  // [R, C], rows `x_stride` apart
   int64_t x_stride;
-  const arithmetic_t<S>* v_init;  // [M], or null: v_reset
-  const S* grad_spikes;           // [T, M], rows `grad_stride` apart, or null: zero
+  const arithmetic_t<S>* v_init;  // [B, N, C], or null: v_reset
+  const S* grad_spikes;           // [R, C], rows `grad_stride` apart, or null: zero
   int64_t grad_stride;
-  const arithmetic_t<S>* grad_v;  // [M], or null: zero
-  S* grad_x;                      // [T, M]
+  const arithmetic_t<S>* grad_v;  // [B, N, C], or null: zero
+  S* grad_x;                      // [R, C]
   bool stream;                    // grad_x passes the caches by; see can_stream
-  arithmetic_t<S>* grad_v_init;   // [M], or null: not wanted
-  double* grad_factor;            // one partial sum a column tile, or null: not wanted
-  int64_t T, M;
+  arithmetic_t<S>* grad_v_init;   // [B, N, C], or null: not wanted
+  double* grad_factor;            // one partial sum a tile, or null: not wanted
+  Layout layout;
+  int64_t C;
 };
 
 // Columns of a forward or backward tile, the unit of work of a thread. They are constants, so the
 // partial sums of `grad_factor`, and with them the result, do not depend on the number of threads.
 constexpr int64_t neuron_forward_tile = 1024;
 constexpr int64_t neuron_backward_tile = 512;
+constexpr int64_t neuron_tiles(const Layout& layout, int64_t C, int64_t tile) {
+  return layout.B * ((layout.N * C + tile - 1) / tile);
+}
 // Elements of arithmetic_t<S> a thread needs beside it in the backward: the potentials of a block
 // of at most 64 columns, and one row of their gradients or, for `grad_factor`, all of them.
 constexpr int64_t neuron_backward_scratch(int64_t T, bool factor) {
   return (T + (factor ? T : 1)) * 64;
 }
 
-// Whether [T, M] at `p` is worth writing past the caches (it is larger than what stays in them
+// Whether [R, C] at `p` is worth writing past the caches (it is larger than what stays in them
 // until it is read) and can be: every vector of a tile must be aligned.
 template <class S>
-bool can_stream(const S* p, int64_t T, int64_t M) {
+bool can_stream(const S* p, int64_t R, int64_t C) {
   constexpr int64_t worth = 8 << 20, line = 64;
-  return std::is_same<S, arithmetic_t<S>>::value && T * M * int64_t(sizeof(S)) >= worth &&
-         reinterpret_cast<uintptr_t>(p) % line == 0 && M * int64_t(sizeof(S)) % line == 0;
+  return std::is_same<S, arithmetic_t<S>>::value && R * C * int64_t(sizeof(S)) >= worth &&
+         reinterpret_cast<uintptr_t>(p) % line == 0 && C * int64_t(sizeof(S)) % line == 0;
 }
 
 #define ATSNN_DECLARE_NEURON(LEVEL)                                                             \

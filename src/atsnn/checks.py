@@ -44,8 +44,9 @@ class MissingDependency(AtsnnError, ImportError):
     """An optional package that the call needs and that is not installed."""
 
 
-def shape_of(tensor: Tensor) -> str:
-    return "(" + ", ".join(str(int(size)) for size in tensor.shape) + ")"
+def shape_of(tensor: Tensor | Sequence[int]) -> str:
+    sizes = tensor.shape if isinstance(tensor, Tensor) else tensor
+    return "(" + ", ".join(str(int(size)) for size in sizes) + ")"
 
 
 def check_tensor(op: str, name: str, value: object) -> Tensor:

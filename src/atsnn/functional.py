@@ -1,4 +1,6 @@
-"""Operations on tensors: dense ``[T, B, N, C]``, differentiable, checked.
+"""Operations on tensors, differentiable, checked: dense ``[T, B, N, C]`` or packed ``[R, C]``.
+
+With a ``layout`` tensors hold the rows of its active cells alone.
 
 Formulas live in :mod:`atsnn.reference`; this module checks arguments and chooses the backend.
 """
@@ -21,20 +23,26 @@ from .checks import (
     check_number,
     check_shape,
     check_tensor,
+    shape_of,
 )
+from .layout import TokenLayout
 from .reference import HaltingState, MergePlan
 
 __all__ = [
     "HaltingState",
     "MergePlan",
     "accumulate",
+    "firing_counts",
+    "halt",
     "halting_scores",
     "match_tokens",
     "merge_tokens",
     "neuron",
     "ponder_loss",
+    "readout",
     "spike_driven_attention",
     "spiking_attention",
+    "take_rows",
     "unmerge_tokens",
 ]
 
@@ -54,6 +62,7 @@ def neuron(
     detach_reset: bool = False,
     surrogate: str = "sigmoid",
     alpha: float | None = None,
+    layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Spiking neurons (LIF, IF or PLIF) over the timesteps of ``x``.
@@ -85,15 +94,19 @@ def neuron(
         ``piecewise_exp``, ``soft_sign``, ``super_spike`` or ``erf``.
     alpha : float, optional
         Steepness of the surrogate. Default: that of SpikingJelly for the surrogate.
+    layout : TokenLayout, optional
+        ``x`` then holds the rows ``[R, C]`` of its active cells, and ``v`` is ``[B, N, C]``.
     backend : {"auto", "native", "triton", "reference"}
         Who computes.
 
     Returns
     -------
     s : Tensor
-        ``[T, ...]`` spikes, 0 or 1, in the dtype of ``x``.
+        Spikes, 0 or 1, in the shape and dtype of ``x``.
     v : Tensor
-        ``x.shape[1:]`` final membrane potential, float32 (float64 for a float64 ``x``).
+        ``x.shape[1:]`` final membrane potential, float32 (float64 for a float64 ``x``). With a
+        layout ``[B, N, C]`` in token order: after each token's last active timestep, the initial
+        potential of a token that has none.
 
     Notes
     -----
@@ -145,28 +158,62 @@ def neuron(
         raise InvalidValue(f"{op}: inv_tau belongs to kind='plif', got it with kind={kind!r}")
     if kind == "lif":
         check_number(op, "tau", tau, above=1)
+    if layout is not None:
+        _check_rows(op, "x", x, layout)
     if v is not None:
         check_tensor(op, "v", v)
-        state = torch.empty(
-            x.shape[1:], dtype=reference.arithmetic_dtype(x.dtype), device="meta"
-        ).expand(x.shape[1:])
-        if v.shape != state.shape:
-            check_like(op, "v", v, "x[0]", state)
-        check_dtype(op, "v", v, (state.dtype,))
+        shape = x.shape[1:] if layout is None else (layout.B, layout.N, x.shape[1])
+        if v.shape != torch.Size(shape):
+            names = "x[0]" if layout is None else "(B, N, C)"
+            raise InvalidValue(
+                f"{op}: v must have the shape of {names}, {shape_of(shape)}, got {shape_of(v)}"
+            )
+        check_dtype(op, "v", v, (reference.arithmetic_dtype(x.dtype),))
         check_device(op, "v", v, "x", x)
     return ops.neuron(
-        backend, x, v, inv_tau, kind, tau if kind == "lif" else 1.0, float(v_threshold),
+        backend, layout, x, v, inv_tau, kind, tau if kind == "lif" else 1.0, float(v_threshold),
         None if v_reset is None else float(v_reset), decay_input, detach_reset, surrogate,
         float(alpha),
     )  # fmt: skip
 
 
+def _check_layout(op: str, layout: TokenLayout, x: Tensor) -> None:
+    if not isinstance(layout, TokenLayout):
+        raise InvalidType(f"{op}: layout must be a TokenLayout, got {type(layout).__name__}")
+    check_device(op, "the layout", layout.token, "the tokens", x)
+
+
+def _check_rows(op: str, name: str, x: Tensor, layout: TokenLayout) -> None:
+    """Check that ``x [R, C]`` holds the rows of ``layout``."""
+    _check_layout(op, layout, x)
+    check_shape(op, name, x, R=layout.num_rows, C=None)
+
+
+def _check_tokens(op: str, name: str, x: Tensor, layout: TokenLayout | None) -> None:
+    """Check dense tokens ``[T, B, N, C]`` or the rows ``[R, C]`` of a layout."""
+    check_tensor(op, name, x)
+    check_dtype(op, name, x)
+    if layout is None:
+        check_shape(op, name, x, T=None, B=None, N=None, C=None)
+    else:
+        _check_rows(op, name, x, layout)
+
+
+def _images(x: Tensor, layout: TokenLayout | None) -> tuple[int, int]:
+    """``(B, N)`` of dense tokens or of rows."""
+    return (x.shape[1], x.shape[2]) if layout is None else (layout.B, layout.N)
+
+
 def _check_qkv(
-    op: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int, sizes: Tensor | None
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    sizes: Tensor | None,
+    layout: TokenLayout | None,
 ) -> None:
-    check_tensor(op, "q", q)
-    check_dtype(op, "q", q)
-    check_shape(op, "q", q, T=None, B=None, N=None, C=None)
+    _check_tokens(op, "q", q, layout)
     for name, other in (("k", k), ("v", v)):
         check_like(op, name, check_tensor(op, name, other), "q", q)
     check_integer(op, "num_heads", num_heads, at_least=1)
@@ -175,7 +222,7 @@ def _check_qkv(
             f"{op}: num_heads must divide the {q.shape[-1]} channels, got {num_heads}"
         )
     if sizes is not None:
-        _check_sizes(op, sizes, q.shape[1], q.shape[2], q)
+        _check_sizes(op, sizes, *_images(q, layout), q)
 
 
 def _check_sizes(op: str, sizes: Tensor, B: int, N: int, like: Tensor) -> None:
@@ -194,6 +241,7 @@ def spiking_attention(
     num_heads: int,
     scale: float = 0.125,
     sizes: Tensor | None = None,
+    layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Spiking self-attention: ``scale * q @ (k^T diag(sizes) v)`` for each timestep and head.
@@ -201,25 +249,26 @@ def spiking_attention(
     Parameters
     ----------
     q, k, v : Tensor
-        ``[T, B, N, C]`` spikes; rows of inactive tokens are zero.
+        ``[T, B, N, C]`` spikes, rows of inactive tokens zero; with a layout ``[R, C]``.
     num_heads : int
         Number of heads; divides ``C``.
     scale : float
         Factor of the result (Spikformer: 0.125).
     sizes : Tensor, optional
-        ``[B, N]``, how many original tokens each token stands for after merging.
+        ``[B, N]``, how many original tokens each token stands for after merging; no gradient.
+    layout : TokenLayout, optional
+        Sums run over the active tokens, and they alone get an output.
 
     Returns
     -------
     Tensor
-        ``[T, B, N, C]``. The sums are integers, exact below 2^24 in float32, so both orders of
+        Shaped as ``q``. The sums are integers, exact below 2^24 in float32, so both orders of
         the product and every backend give the same bits; the cheaper order is taken.
     """
     op = "spiking_attention"
-    _check_qkv(op, q, k, v, num_heads, sizes)
+    _check_qkv(op, q, k, v, num_heads, sizes, layout)
     check_number(op, "scale", scale)
-    ops.resolve_backend(op, backend, q.device, native=False)
-    return reference.spiking_attention(q, k, v, num_heads, scale, sizes)
+    return ops.spiking_attention(backend, layout, q, k, v, sizes, num_heads, scale)
 
 
 def spike_driven_attention(
@@ -235,6 +284,7 @@ def spike_driven_attention(
     alpha: float | None = None,
     state: Tensor | None = None,
     return_state: bool = False,
+    layout: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Spike-driven self-attention (Spike-driven Transformer V1): ``q * LIF(sum_n k * v)``.
@@ -242,7 +292,7 @@ def spike_driven_attention(
     Parameters
     ----------
     q, k, v : Tensor
-        ``[T, B, N, C]`` spikes; rows of inactive tokens are zero.
+        ``[T, B, N, C]`` spikes, rows of inactive tokens zero; with a layout ``[R, C]``.
     num_heads : int
         Divides ``C``; the operation acts on each channel by itself, whatever its head.
     v_threshold, tau, surrogate, alpha
@@ -253,27 +303,37 @@ def spike_driven_attention(
         ``[B, 1, C]`` potentials of that LIF to begin with.
     return_state : bool
         Whether to return the final potentials too.
+    layout : TokenLayout, optional
+        Sums run over the active tokens, and they alone get an output.
 
     Returns
     -------
     Tensor or (Tensor, Tensor)
-        ``[T, B, N, C]``, and ``[B, 1, C]``.
+        Shaped as ``q``, and ``[B, 1, C]``.
     """
     op = "spike_driven_attention"
-    _check_qkv(op, q, k, v, num_heads, sizes)
+    _check_qkv(op, q, k, v, num_heads, sizes, layout)
     check_number(op, "v_threshold", v_threshold)
     check_number(op, "tau", tau, above=1)
     check_choice(op, "surrogate", surrogate, reference.SURROGATES)
-    ops.resolve_backend(op, backend, q.device, native=False)
+    alpha = reference.SURROGATES[surrogate].alpha if alpha is None else alpha
+    check_number(op, "alpha", alpha, above=0)
     if state is not None:
-        check_shape(op, "state", state, B=q.shape[1], one=1, C=q.shape[3])
-    out, state = reference.spike_driven_attention(
-        q, k, v, v_threshold, sizes, tau, surrogate, alpha, state
-    )
+        check_shape(
+            op, "state", check_tensor(op, "state", state),
+            B=_images(q, layout)[0], one=1, C=q.shape[-1],
+        )  # fmt: skip
+        check_dtype(op, "state", state, (reference.arithmetic_dtype(q.dtype),))
+    out, state = ops.spike_driven_attention(
+        backend, layout, q, k, v, state, sizes, float(v_threshold), float(tau), surrogate,
+        float(alpha),
+    )  # fmt: skip
     return (out, state) if return_state else out
 
 
-def halting_scores(x: Tensor, weight: Tensor, bias: Tensor, *, score: str = "first") -> Tensor:
+def halting_scores(
+    x: Tensor, weight: Tensor, bias: Tensor, *, score: str = "first", backend: str = "auto"
+) -> Tensor:
     """Halting scores ``h = sigmoid(alpha * f(x) + beta)`` of tokens after a block.
 
     Parameters
@@ -306,7 +366,128 @@ def halting_scores(x: Tensor, weight: Tensor, bias: Tensor, *, score: str = "fir
         check_device(op, name, value, "x", x)
     if score != "linear":
         weight = weight.reshape(())
-    return reference.halting_scores(x, weight, bias.reshape(()), score)
+    return ops.halting_scores(backend, x, weight, bias.reshape(()), score)
+
+
+def halt(
+    h: Tensor,
+    H: Tensor,
+    layout: TokenLayout,
+    *,
+    accumulator: str = "rectangle",
+    eps: float = 0.01,
+    final: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, TokenLayout]:
+    """One block's halting step: from scores to accumulators, weights and the next layout.
+
+    Parameters
+    ----------
+    h, H : Tensor
+        ``[R]`` float32: scores after the block, accumulators before it.
+    layout : TokenLayout
+        The cells that ran.
+    accumulator : {"rectangle", "depth"}
+    eps : float
+        A cell is active in the next block while its accumulator is below ``1 - eps``.
+    final : bool
+        Whether it was the last block: nothing goes on, every weight is a remainder.
+
+    Returns
+    -------
+    w : Tensor
+        ``[R]`` readout weights; gradients flow to ``h`` and ``H``.
+    last : Tensor
+        ``[R]`` bool, where the weight is the remainder.
+    H : Tensor
+        ``[R]`` the accumulators after the block.
+    layout : TokenLayout
+        The cells of the next block.
+
+    Notes
+    -----
+    With ``g[t]`` the sum of ``h`` up to ``t`` (``h[t]`` itself for ``depth``)::
+
+        H' = H + g        a cell goes on where H' < 1 - eps, and did at every earlier timestep
+        w  = g where it goes on, the remainder 1 - H where it does not
+    """
+    op = "halt"
+    for name, value in (("h", h), ("H", H)):
+        check_tensor(op, name, value)
+        _check_layout(op, layout, value)
+        check_shape(op, name, value, R=layout.num_rows)
+        check_dtype(op, name, value, (torch.float32,))
+    check_choice(op, "accumulator", accumulator, ("rectangle", "depth"))
+    check_number(op, "eps", eps, above=0, below=1)
+    w, last, after, steps = ops.halt(backend, layout, h, H, accumulator, float(eps), final)
+    return w, last, after, TokenLayout.from_active_steps(steps, layout.T)
+
+
+def readout(
+    x: Tensor,
+    w: Tensor,
+    *,
+    sizes: Tensor | None = None,
+    layout: TokenLayout | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What one block gives to the readout: ``sum over t, k of size * w * x``, in float64.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[T, B, N, C]`` tokens after the block; with a layout ``[R, C]``.
+    w : Tensor
+        ``[T, B, N]`` float32 weights; with a layout ``[R]``.
+    sizes : Tensor, optional
+        ``[B, N]``; no gradient.
+
+    Returns
+    -------
+    Tensor
+        ``[B, C]`` float64.
+    """
+    op = "readout"
+    _check_tokens(op, "x", x, layout)
+    names = ("T", "B", "N") if layout is None else ("R",)
+    check_tensor(op, "w", w)
+    check_shape(op, "w", w, **dict(zip(names, x.shape, strict=False)))
+    check_dtype(op, "w", w, (torch.float32,))
+    if sizes is not None:
+        _check_sizes(op, sizes, *_images(x, layout), x)
+    return ops.readout(backend, layout, x, w, sizes)
+
+
+def take_rows(
+    x: Tensor, layout: TokenLayout, to: TokenLayout, *, backend: str = "auto"
+) -> Tensor:
+    """Rows of one layout to those of another whose cells are all active in it: one gather.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[R, ...]`` rows of ``layout``.
+    layout, to : TokenLayout
+        Of the same ``T``, ``B``, ``N``.
+
+    Returns
+    -------
+    Tensor
+        ``[R', ...]`` rows of ``to``.
+    """
+    op = "take_rows"
+    check_tensor(op, "x", x)
+    check_dtype(op, "x", x)
+    _check_layout(op, layout, x)
+    _check_layout(op, to, x)
+    if x.dim() < 1 or x.shape[0] != layout.num_rows:
+        raise InvalidValue(f"{op}: x must have {layout.num_rows} rows, got shape {shape_of(x)}")
+    if (to.T, to.B, to.N) != (layout.T, layout.B, layout.N):
+        raise InvalidValue(
+            f"{op}: both layouts must have (T, B, N) = {(layout.T, layout.B, layout.N)}, "
+            f"got {(to.T, to.B, to.N)}"
+        )
+    return ops.take_rows(backend, x, to.rows_in(layout))
 
 
 def accumulate(h: Tensor, *, accumulator: str = "rectangle", eps: float = 0.01) -> HaltingState:
@@ -347,6 +528,18 @@ def ponder_loss(state: HaltingState, *, sizes: Tensor | None = None) -> Tensor:
     return reference.ponder_loss(state.depth, state.remainder, sizes)
 
 
+def firing_counts(
+    keys: Tensor, *, layout: TokenLayout | None = None, backend: str = "auto"
+) -> Tensor:
+    """Spikes of each token over the timesteps, what :func:`match_tokens` compares.
+
+    ``keys`` are ``[T, B, N, C]``, with a layout ``[R, C]``; the result is ``[B, N, C]`` float32,
+    without a gradient.
+    """
+    _check_tokens("firing_counts", "keys", keys, layout)
+    return ops.firing_counts(backend, layout, keys)
+
+
 def match_tokens(
     counts: Tensor,
     *,
@@ -384,7 +577,6 @@ def match_tokens(
     check_tensor(op, "counts", counts)
     check_shape(op, "counts", counts, B=None, N=None, C=None)
     check_choice(op, "match", match, reference.MATCHES)
-    ops.resolve_backend(op, backend, counts.device, native=False)
     if (r is None) == (threshold is None):
         raise InvalidValue(
             f"{op}: exactly one of r and threshold must be given, got r={r}, threshold={threshold}"
@@ -411,49 +603,95 @@ def match_tokens(
         )
         if bool(bad.any()):
             raise InvalidValue(f"{op}: counts must be non-negative integers, got {counts[bad][0]}")
-    return reference.match_tokens(counts, r, threshold, active_steps, match, generator)
+    lifetimes = (
+        torch.ones((B, N), dtype=torch.int64, device=counts.device)
+        if active_steps is None
+        else active_steps.to(torch.int64)
+    )
+    threshold = None if threshold is None else float(threshold)
+    return ops.match_tokens(backend, counts, r, threshold, lifetimes, match, generator)
 
 
-def _check_plan(op: str, x: Tensor, plan: MergePlan) -> None:
+def _check_plan(op: str, x: Tensor, plan: MergePlan, layout: TokenLayout | None) -> None:
     check_tensor(op, "x", x)
-    if x.dim() != 4 or x.shape[1:3] != plan.shape:
-        raise InvalidValue(
-            f"{op}: x must have shape (T, B, N, C) with the plan's (B, N) = {tuple(plan.shape)}, "
-            f"got {tuple(x.shape)}"
-        )
+    check_dtype(op, "x", x)
+    if layout is None:
+        if x.dim() != 4 or x.shape[1:3] != plan.shape:
+            raise InvalidValue(
+                f"{op}: x must have shape (T, B, N, C) with the plan's (B, N) = "
+                f"{shape_of(plan.shape)}, got {shape_of(x)}"
+            )
+    else:
+        _check_layout(op, layout, x)
+        if (layout.B, layout.N) != plan.shape:
+            raise InvalidValue(
+                f"{op}: the layout must have the plan's (B, N) = {shape_of(plan.shape)}, "
+                f"got {(layout.B, layout.N)}"
+            )
     check_device(op, "x", x, "the plan", plan.target)
 
 
 def merge_tokens(
-    x: Tensor, plan: MergePlan, *, sizes: Tensor | None = None, backend: str = "auto"
+    x: Tensor,
+    plan: MergePlan,
+    *,
+    sizes: Tensor | None = None,
+    layout: TokenLayout | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Merge tokens into their size-weighted mean, rounded to a multiple of ``2^-8``.
 
     Parameters
     ----------
     x : Tensor
-        ``[T, B, N, C]``.
+        ``[T, B, N, C]``; with a layout ``[R, C]``.
     plan : MergePlan
         From :func:`match_tokens`.
     sizes : Tensor, optional
-        ``[B, N]`` before the merge. Default: ones.
+        ``[B, N]`` before the merge. Default: ones. No gradient.
+    layout : TokenLayout, optional
+        The cells before the merge.
 
     Returns
     -------
     Tensor
-        ``[T, B, N, C]``; rows of tokens that merged into another are zero.
+        ``[T, B, N, C]``; rows of tokens that merged into another are zero. With a layout the rows
+        of ``layout.without(plan.merged)``.
     """
     op = "merge_tokens"
-    _check_plan(op, x, plan)
-    check_dtype(op, "x", x)
-    ops.resolve_backend(op, backend, x.device, native=False)
+    _check_plan(op, x, plan, layout)
+    to = None
+    if layout is not None:
+        _check_rows(op, "x", x, layout)
+        to = layout.without(plan.merged)
     if sizes is None:
         sizes = torch.ones(plan.shape, device=x.device)
-    _check_sizes(op, sizes, x.shape[1], x.shape[2], x)
-    return reference.merge_tokens(x, plan, sizes)
+    _check_sizes(op, sizes, *plan.shape, x)
+    return ops.merge_tokens(backend, layout, to, x, plan, sizes)
 
 
-def unmerge_tokens(y: Tensor, plan: MergePlan) -> Tensor:
-    """Give every original token the row of the token it was merged into, ``[T, B, N, C]``."""
-    _check_plan("unmerge_tokens", y, plan)
-    return reference.unmerge_tokens(y, plan.target)
+def unmerge_tokens(
+    y: Tensor, plan: MergePlan, *, layout: TokenLayout | None = None, backend: str = "auto"
+) -> Tensor:
+    """Give every original token the row of the token it was merged into.
+
+    Parameters
+    ----------
+    y : Tensor
+        ``[T, B, N, C]``; with a layout the rows of ``layout.without(plan.merged)``.
+    plan : MergePlan
+    layout : TokenLayout, optional
+        The cells before the merge.
+
+    Returns
+    -------
+    Tensor
+        ``[T, B, N, C]``; with a layout the rows of ``layout``.
+    """
+    op = "unmerge_tokens"
+    _check_plan(op, y, plan, layout)
+    if layout is None:
+        return ops.unmerge_tokens(backend, None, None, y, plan)
+    after = layout.without(plan.merged)
+    _check_rows(op, "y", y, after)
+    return ops.unmerge_tokens(backend, after, layout, y, plan)

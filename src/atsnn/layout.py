@@ -8,7 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .checks import InvalidType, InvalidValue, check_integer, check_shape, check_tensor
+from .checks import (
+    InvalidType,
+    InvalidValue,
+    check_device,
+    check_integer,
+    check_shape,
+    check_tensor,
+)
 
 __all__ = ["TokenLayout"]
 
@@ -32,20 +39,59 @@ class TokenLayout:
     ----------
     T, B, N : int
         Timesteps, images, tokens per image.
+    num_rows : int
+        Number of active cells.
     active_steps : Tensor
         ``[B, N]`` int64, the number of timesteps each token is active.
     token : Tensor
         ``[B, N]`` int64, the token at each rank.
     offsets : Tensor
         ``[T * B + 1]`` int64.
+
+    Raises
+    ------
+    InvalidValue
+        If ``token`` and ``offsets`` are not what ``active_steps`` gives.
     """
 
     T: int
     B: int
     N: int
+    num_rows: int
     active_steps: Tensor
     token: Tensor
     offsets: Tensor
+
+    def __post_init__(self) -> None:
+        op = "TokenLayout"
+        token, offsets = rank_tokens(op, self.active_steps, self.T)
+        for name, value, want in (("token", self.token, token), ("offsets", self.offsets, offsets)):
+            check_tensor(op, name, value)
+            check_device(op, name, value, "active_steps", self.active_steps)
+            if value.dtype != torch.int64 or not torch.equal(value, want):
+                raise InvalidValue(
+                    f"{op}: {name} must be what the active steps give, {_short(want)}, "
+                    f"got {_short(value)}"
+                )
+        parts = (*self.active_steps.shape, int(offsets[-1]))
+        for name, found, size in zip(
+            ("B", "N", "num_rows"), (self.B, self.N, self.num_rows), parts, strict=True
+        ):
+            if found != size:
+                raise InvalidValue(
+                    f"{op}: {name} must be {size} for these active steps, got {found}"
+                )
+
+    @classmethod
+    def _trusted(cls, T: int, n: Tensor, token: Tensor, offsets: Tensor) -> TokenLayout:
+        """Without the checks, of parts that were just computed."""
+        layout = object.__new__(cls)
+        for name, value in (
+            ("T", T), ("B", n.shape[0]), ("N", n.shape[1]), ("num_rows", int(offsets[-1])),
+            ("active_steps", n), ("token", token), ("offsets", offsets),
+        ):  # fmt: skip
+            object.__setattr__(layout, name, value)
+        return layout
 
     @classmethod
     def from_active_steps(cls, n: Tensor, T: int) -> TokenLayout:
@@ -57,38 +103,48 @@ class TokenLayout:
             ``[B, N]`` integer, in ``0 .. T``.
         T : int
             Number of timesteps.
+
+        Notes
+        -----
+        One stable counting sort an image: ``O(B * (N + T))``.
         """
         op = "TokenLayout.from_active_steps"
-        check_tensor(op, "n", n)
-        check_shape(op, "n", n, B=None, N=None)
-        check_integer(op, "T", T, at_least=0)
-        if n.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise InvalidType(f"{op}: n must be an integer tensor, got {n.dtype}")
-        n = n.to(torch.int64)
-        if n.numel() and not 0 <= int(n.min()) <= int(n.max()) <= T:
+        token, offsets = rank_tokens(op, n, T)
+        return cls._trusted(T, n.to(torch.int64), token, offsets)
+
+    @classmethod
+    def full(cls, T: int, B: int, N: int, device: torch.device | None = None) -> TokenLayout:
+        """The layout in which every cell is active."""
+        n = torch.full((B, N), T, dtype=torch.int64, device=device)
+        return cls.from_active_steps(n, T)
+
+    @classmethod
+    def from_parts(cls, token: Tensor, offsets: Tensor) -> TokenLayout:
+        """The layout that has this ``token [B, N]`` and ``offsets [T * B + 1]``."""
+        op = "TokenLayout.from_parts"
+        check_shape(op, "token", check_tensor(op, "token", token), B=None, N=None)
+        check_shape(op, "offsets", check_tensor(op, "offsets", offsets), size=None)
+        B, N = token.shape
+        if not len(offsets) or (len(offsets) - 1) % max(B, 1) or (B == 0 and len(offsets) > 1):
             raise InvalidValue(
-                f"{op}: n must lie in 0 .. T = {T}, got values in {int(n.min())} .. {int(n.max())}"
+                f"{op}: offsets must have T * B + 1 entries with B = {B}, got {len(offsets)}"
             )
-        B, N = n.shape
-        token = torch.sort(n, dim=1, descending=True, stable=True).indices
-        steps = torch.arange(T, device=n.device).view(T, 1, 1)
-        m = (n > steps).sum(2).view(-1)
-        offsets = torch.zeros(T * B + 1, dtype=torch.int64, device=n.device)
-        torch.cumsum(m, 0, out=offsets[1:])
-        return cls(T, B, N, n, token, offsets)
+        T = (len(offsets) - 1) // max(B, 1)
+        m = offsets.diff().view(T, B, 1)
+        ranked = (m > torch.arange(N, device=token.device)).sum(0)
+        in_range = bool(((token >= 0) & (token < N)).all())
+        n = torch.zeros_like(ranked).scatter_(1, token if in_range else ranked * 0, ranked)
+        return cls(T, B, N, int(offsets[-1]), n, token, offsets)
 
     @property
-    def num_rows(self) -> int:
-        """Number of active cells."""
-        return int(self.offsets[-1])
+    def is_full(self) -> bool:
+        """Whether every cell is active; then rows are the cells in their order."""
+        return self.num_rows == self.T * self.B * self.N
 
     @cached_property
     def index(self) -> Tensor:
         """``[R]`` int64: the position of each row in the flattened ``[T * B * N]`` cells."""
-        steps = torch.arange(self.T, device=self.token.device).view(-1, 1, 1)
-        ranked = self.active_steps.gather(1, self.token)
-        t, b, rank = (ranked > steps).nonzero(as_tuple=True)
-        return (t * self.B + b) * self.N + self.token[b, rank]
+        return torch.ops.atsnn.layout_cells(self.token, self.offsets)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -112,7 +168,8 @@ class TokenLayout:
             "TokenLayout.pack", "x", x.flatten(3) if x.dim() > 3 else x.unsqueeze(-1),
             T=self.T, B=self.B, N=self.N, C=None,
         )  # fmt: skip
-        return x.flatten(0, 2).index_select(0, self.index)
+        rows = x.flatten(0, 2)
+        return rows if self.is_full else rows.index_select(0, self.index)
 
     def unpack(self, rows: Tensor, fill: float = 0.0) -> Tensor:
         """Scatter rows ``[R, ...]`` back into ``[T, B, N, ...]``; other cells hold ``fill``."""
@@ -121,6 +178,78 @@ class TokenLayout:
                 f"TokenLayout.unpack: rows must have {self.num_rows} rows, "
                 f"got shape {tuple(rows.shape)}"
             )
+        shape = (self.T, self.B, self.N, *rows.shape[1:])
+        if self.is_full:
+            return rows.view(shape)
         cells = rows.new_full((self.T * self.B * self.N, *rows.shape[1:]), fill)
-        cells = cells.index_copy(0, self.index, rows)
-        return cells.view(self.T, self.B, self.N, *rows.shape[1:])
+        return cells.index_copy(0, self.index, rows).view(shape)
+
+    def without(self, tokens: Tensor) -> TokenLayout:
+        """The layout in which these tokens, ``[B, N]`` bool, are not active."""
+        return TokenLayout.from_active_steps(self.active_steps.masked_fill(tokens, 0), self.T)
+
+    def row_values(self, values: Tensor) -> Tensor:
+        """``[R]``: the value of each row's token, of ``values [B, N]``."""
+        return values.flatten().index_select(0, self.index % (self.B * self.N))
+
+    def rows_in(self, other: TokenLayout) -> Tensor:
+        """``[R]`` int64: the row of ``other`` that each row of this layout is.
+
+        Every cell of this layout must be active in ``other``.
+        """
+        return torch.ops.atsnn.moved_rows(other.token, other.offsets, self.token, self.offsets)
+
+
+def rank_tokens(op: str, n: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """``token`` and ``offsets`` of checked active steps."""
+    check_tensor(op, "n", n)
+    check_shape(op, "n", n, B=None, N=None)
+    check_integer(op, "T", T, at_least=0)
+    if n.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise InvalidType(f"{op}: n must be an integer tensor, got {n.dtype}")
+    if n.numel() and not 0 <= int(n.min()) <= int(n.max()) <= T:
+        raise InvalidValue(
+            f"{op}: n must lie in 0 .. T = {T}, got values in {int(n.min())} .. {int(n.max())}"
+        )
+    return torch.ops.atsnn.token_layout(n.to(torch.int64), T)
+
+
+def _short(x: Tensor) -> str:
+    values = x.flatten().tolist()
+    return str(values) if len(values) <= 12 else f"{str(values[:12])[:-1]}, ...]"
+
+
+# -- what the operators of the same names compute, in PyTorch -------------------------------------
+
+
+def token_layout(n: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """``token [B, N]`` and ``offsets [T * B + 1]`` of active steps ``n [B, N]``."""
+    token = torch.sort(n, dim=1, descending=True, stable=True).indices
+    steps = torch.arange(T, device=n.device).view(T, 1, 1)
+    m = (n > steps).sum(2).view(-1)
+    offsets = torch.zeros(T * n.shape[0] + 1, dtype=torch.int64, device=n.device)
+    torch.cumsum(m, 0, out=offsets[1:])
+    return token, offsets
+
+
+def layout_cells(token: Tensor, offsets: Tensor) -> Tensor:
+    """``[R]``: the position of each row in the flattened cells."""
+    B, N = token.shape
+    m = offsets.diff().view(-1, B, 1) if B else offsets.new_zeros((0, 0, 1))
+    t, b, rank = (m > torch.arange(N, device=token.device)).nonzero(as_tuple=True)
+    return (t * B + b) * N + token[b, rank]
+
+
+def moved_rows(token: Tensor, offsets: Tensor, to_token: Tensor, to_offsets: Tensor) -> Tensor:
+    """``[R']``: the row of the first layout that each row of the second is."""
+    cells, wanted = layout_cells(token, offsets), layout_cells(to_token, to_offsets)
+    row = torch.full((int(wanted.max()) + 1 if len(wanted) else 0,), -1, device=token.device)
+    inside = cells < len(row)
+    row[cells[inside]] = torch.arange(len(cells), device=token.device)[inside]
+    found = row[wanted]
+    if len(found) and int(found.min()) < 0:
+        raise InvalidValue(
+            "moved_rows: every cell of the new layout must be active in the old one, "
+            f"got one that is not, cell {int(wanted[found < 0][0])}"
+        )
+    return found

@@ -282,6 +282,42 @@ def halting_weights(
     return w, last
 
 
+def halt(
+    h: Tensor, H: Tensor, active: Tensor, accumulator: str, eps: float, final: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One block's halting step, from scores to what runs next.
+
+    Parameters
+    ----------
+    h, H : Tensor
+        ``[T, B, N]`` scores after the block and accumulators before it, zero where not active.
+    active : Tensor
+        ``[T, B, N]`` bool, the cells that ran.
+    accumulator : {"rectangle", "depth"}
+    eps : float
+    final : bool
+        Whether it was the last block, after which nothing goes on.
+
+    Returns
+    -------
+    w, last : Tensor
+        Readout weights and where they are remainders; see :func:`halting_weights`.
+    H : Tensor
+        The accumulators after the block.
+    active_steps : Tensor
+        ``[B, N]`` int64, the timesteps each token is active in the next block.
+    """
+    g = accumulate_block(h, accumulator)
+    after = H + g
+    if final:
+        goes_on = torch.zeros_like(active)
+    else:
+        # A merged-away token stays away although its own accumulator says nothing of it.
+        goes_on = active & active_cells(after, eps, accumulator)
+    w, last = halting_weights(g, H, active, goes_on)
+    return w, last, after, goes_on.sum(0)
+
+
 @dataclass
 class HaltingState:
     """What halting makes of the scores of all cells.
@@ -428,9 +464,20 @@ class MergePlan:
     target: Tensor
     merged: Tensor
 
+    @classmethod
+    def of(cls, target: Tensor) -> MergePlan:
+        """The plan in which each token is held in its target."""
+        return cls(target, target != torch.arange(target.shape[1], device=target.device))
+
     @property
     def shape(self) -> torch.Size:
         return self.target.shape
+
+
+def firing_counts(keys: Tensor) -> Tensor:
+    """``[B, N, C]`` float32: spikes of ``keys [T, B, N, C]`` over the timesteps, no gradient."""
+    with torch.no_grad():
+        return keys.sum(0, dtype=torch.float32)
 
 
 def firing_similarity(counts: Tensor) -> Tensor:
@@ -527,20 +574,33 @@ def unmerge_tokens(y: Tensor, source: Tensor) -> Tensor:
 MIN_BATCH_NORM_ROWS = 32
 
 
+def batch_norm_rows(bn: nn.modules.batchnorm._BatchNorm, rows: Tensor) -> Tensor:
+    """``bn`` over the rows ``[R, C]`` of active cells.
+
+    In training with fewer than 32 rows the running statistics are used and not updated.
+    """
+    if bn.training and rows.shape[0] < MIN_BATCH_NORM_ROWS:
+        return _running_batch_norm(bn, rows)
+    return bn(rows)
+
+
 def masked_batch_norm(
     bn: nn.modules.batchnorm._BatchNorm, x: Tensor, layout: TokenLayout | None
 ) -> Tensor:
     """``bn`` over the active rows of ``x [T, B, N, C]``; inactive rows are not meaningful.
 
-    In training the statistics are those of the active rows, gathered in layout order; with fewer
-    than 32 of them the running statistics are used and not updated. ``layout`` is ``None`` where
-    neither halting nor merging is on: then ``bn`` is applied as it is, as in plain Spikformer.
+    In training the statistics are those of the active rows, gathered in layout order. ``layout``
+    is ``None`` where neither halting nor merging is on: then ``bn`` is applied as it is, as in
+    plain Spikformer.
     """
     if layout is None or not bn.training:
         return bn(x.flatten(0, 2)).view(x.shape)
-    if layout.num_rows >= MIN_BATCH_NORM_ROWS:
-        return layout.unpack(bn(layout.pack(x)))
-    rows = nnf.batch_norm(
-        x.flatten(0, 2), bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
+    if layout.num_rows < MIN_BATCH_NORM_ROWS:
+        return _running_batch_norm(bn, x.flatten(0, 2)).view(x.shape)
+    return layout.unpack(batch_norm_rows(bn, layout.pack(x)))
+
+
+def _running_batch_norm(bn: nn.modules.batchnorm._BatchNorm, rows: Tensor) -> Tensor:
+    return nnf.batch_norm(
+        rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
     )
-    return rows.view(x.shape)

@@ -1,17 +1,20 @@
-"""Attention, MLP and block of Spikformer over ``[T, B, N, C]``, restricted to active cells."""
+"""Attention, MLP and block of Spikformer, restricted to active cells.
+
+Tokens are dense, ``[T, B, N, C]`` with the inactive cells zero ("masked"), or the rows of the
+active cells alone, ``[R, C]`` ("packed").
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional as F
 from ..checks import InvalidValue, check_integer, check_shape, check_tensor
 from ..layout import TokenLayout
-from ..reference import masked_batch_norm
+from ..reference import batch_norm_rows, masked_batch_norm
 from .neurons import LIF, Neuron
 
 Record = Callable[[str, Tensor, TokenLayout | None], None]
@@ -25,6 +28,8 @@ class Context:
     ----------
     layout : TokenLayout, optional
         The active cells; ``None``: all.
+    packed : bool
+        Whether tokens are the rows of ``layout`` alone.
     sizes : Tensor, optional
         ``[B, N]``, how many original tokens each token stands for.
     state : dict, optional
@@ -38,6 +43,7 @@ class Context:
     state: dict[str, Tensor] | None = None
     record: Record | None = None
     name: str = field(default="")
+    packed: bool = False
 
     def path(self, name: str) -> str:
         """The full name of the layer ``name`` inside this one."""
@@ -45,16 +51,32 @@ class Context:
 
     def at(self, name: str) -> Context:
         """The same context inside the layer ``name``."""
-        return Context(self.layout, self.sizes, self.state, self.record, self.path(name))
+        return Context(
+            self.layout, self.sizes, self.state, self.record, self.path(name), self.packed
+        )
+
+    @property
+    def rows(self) -> TokenLayout | None:
+        """The layout of the tokens as an operation takes it: ``None`` where they are dense."""
+        return self.layout if self.packed else None
+
+    def mask(self, x: Tensor) -> Tensor:
+        """``x`` with inactive cells zero; rows have none."""
+        if self.layout is None or self.packed:
+            return x
+        return x * self.layout.factor(x.dtype)
+
+    def norm(self, bn: nn.BatchNorm1d, x: Tensor) -> Tensor:
+        """BatchNorm over the active cells."""
+        return batch_norm_rows(bn, x) if self.packed else masked_batch_norm(bn, x, self.layout)
 
     def fire(self, name: str, neuron: Neuron, x: Tensor) -> Tensor:
         """Spikes of ``neuron``, zero in inactive cells: a zero input can still fire there."""
         full = self.path(name)
-        spikes, v = neuron.run(x, None if self.state is None else self.state.get(full))
+        spikes, v = neuron.run(x, None if self.state is None else self.state.get(full), self.rows)
         if self.state is not None:
             self.state[full] = v
-        if self.layout is not None:
-            spikes = spikes * self.layout.factor(spikes.dtype)
+        spikes = self.mask(spikes)
         if self.record is not None:
             self.record(full, spikes, self.layout)
         return spikes
@@ -62,9 +84,7 @@ class Context:
     def note(self, name: str, x: Tensor) -> None:
         """Record what goes into a layer: the integers of the residual stream, or pooled spikes."""
         if self.record is not None:
-            if self.layout is not None:
-                x = x * self.layout.factor(x.dtype)
-            self.record(self.path(name), x, self.layout)
+            self.record(self.path(name), self.mask(x), self.layout)
 
 
 def _check_tokens(op: str, x: Tensor, dim: int) -> None:
@@ -104,14 +124,14 @@ class _Attention(nn.Module):
 
     def _spikes(self, name: str, x: Tensor, context: Context) -> Tensor:
         y = getattr(self, f"{name}_linear")(x)
-        y = masked_batch_norm(getattr(self, f"{name}_bn"), y, context.layout)
+        y = context.norm(getattr(self, f"{name}_bn"), y)
         return context.fire(f"{name}_lif", getattr(self, f"{name}_lif"), y)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         raise NotImplementedError
 
     def forward_with_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Output spikes and key spikes, both ``[T, B, N, C]``."""
+        """Output spikes and key spikes, both shaped as ``x``."""
         q, k, v = (self._spikes(name, x, context) for name in ("q", "k", "v"))
         return self._spikes("proj", self.attend(q, k, v, context), context), k
 
@@ -154,8 +174,9 @@ class SpikingSelfAttention(_Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         out = F.spiking_attention(
-            q, k, v, num_heads=self.num_heads, scale=self.scale, sizes=context.sizes
-        )
+            q, k, v, num_heads=self.num_heads, scale=self.scale, sizes=context.sizes,
+            layout=context.rows,
+        )  # fmt: skip
         return context.fire("attn_lif", self.attn_lif, out)
 
 
@@ -191,6 +212,7 @@ class SpikeDrivenSelfAttention(_Attention):
             q, k, v, num_heads=self.num_heads, v_threshold=lif.v_threshold, sizes=context.sizes,
             tau=lif.tau, surrogate=lif.surrogate, alpha=lif.alpha,
             state=None if context.state is None else context.state.get(name), return_state=True,
+            layout=context.rows,
         )  # fmt: skip
         if context.state is not None:
             context.state[name] = v_gate
@@ -222,12 +244,11 @@ class MLP(nn.Module):
         self.fc2_lif = _lif(tau, surrogate, alpha)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        _check_tokens("MLP", x, self.dim)
-        context = context or Context()
-        x = masked_batch_norm(self.fc1_bn, self.fc1_linear(x), context.layout)
-        x = context.fire("fc1_lif", self.fc1_lif, x)
-        x = masked_batch_norm(self.fc2_bn, self.fc2_linear(x), context.layout)
-        return context.fire("fc2_lif", self.fc2_lif, x)
+        if context is None:
+            _check_tokens("MLP", x, self.dim)
+            context = Context()
+        x = context.fire("fc1_lif", self.fc1_lif, context.norm(self.fc1_bn, self.fc1_linear(x)))
+        return context.fire("fc2_lif", self.fc2_lif, context.norm(self.fc2_bn, self.fc2_linear(x)))
 
 
 class SpikformerBlock(nn.Module):
@@ -245,7 +266,7 @@ class SpikformerBlock(nn.Module):
         self.mlp = mlp
 
     def forward_with_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Tokens after the block and the keys it attended with, ``[T, B, N, C]``."""
+        """Tokens after the block and the keys it attended with, both shaped as ``x``."""
         context.note("attn.input", x)
         attended, keys = self.attn.forward_with_keys(x, context.at("attn"))
         x = x + attended
@@ -255,9 +276,3 @@ class SpikformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_tokens("SpikformerBlock", x, self.attn.dim)
         return self.forward_with_keys(x, Context())[0]
-
-
-def firing_counts(keys: Tensor) -> Tensor:
-    """``[B, N, C]``: spikes of ``keys [T, B, N, C]`` over the timesteps, without a gradient."""
-    with torch.no_grad():
-        return keys.sum(0)

@@ -184,6 +184,11 @@ class SpikformerConfig:
     def merging(self) -> bool:
         return any(self.merges) or self.merge_threshold is not None
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether tokens can halt or merge; otherwise the model is plain Spikformer."""
+        return self.halting is not None or self.merging
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

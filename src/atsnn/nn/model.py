@@ -18,34 +18,15 @@ from ..checks import (
     check_finite,
     shape_of,
 )
-from ..layout import TokenLayout
-from ..reference import (
-    SCORE_BITS,
-    accumulate_block,
-    active_cells,
-    halting_weights,
-    merge_tokens,
-    merged_sizes,
-    ponder_block,
-    readout,
-    readout_block,
-)
-from .blocks import (
-    MLP,
-    Context,
-    SpikeDrivenSelfAttention,
-    SpikformerBlock,
-    SpikingSelfAttention,
-    firing_counts,
-)
+from ..reference import readout
+from .blocks import MLP, Context, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
 from .config import SpikformerConfig, model_config
+from .execution import EXECUTIONS, MaskedRun, PackedRun
 from .halting import Halting
 from .merging import TokenMerge
+from .sequential import run_sequential
 from .stem import SpikingPatchSplitting
 from .trace import FiringRates, Trace
-
-EXECUTIONS = ("masked",)
-
 
 class Head(nn.Linear):
     """A linear layer that adds in float64 and rounds once.
@@ -60,27 +41,6 @@ class Head(nn.Linear):
         return nn.functional.linear(x.double(), self.weight.double(), bias).to(self.weight.dtype)
 
 
-class _Run:
-    """Halting and merging of a pass over all timesteps: what changes from block to block."""
-
-    def __init__(self, model: ATSpikformer, x: Tensor) -> None:
-        self.model = model
-        T, B, N, _ = x.shape
-        self.sizes = x.new_ones((B, N), dtype=torch.float32)
-        self.source = torch.arange(N, device=x.device).repeat(B, 1)
-        self.H = x.new_zeros((T, B, N), dtype=torch.float32)
-        self.active = torch.ones((T, B, N), dtype=torch.bool, device=x.device)
-        self.depth = torch.zeros((T, B, N), dtype=torch.int64, device=x.device)
-        self.ponder = x.new_zeros((), dtype=torch.float64)
-        self.features = x.new_zeros((B, x.shape[-1]), dtype=torch.float64)
-
-    def layout(self) -> TokenLayout | None:
-        """The active cells; ``None`` while nothing can have halted or merged."""
-        if self.model.halting is None and not self.model.config.merging:
-            return None
-        return TokenLayout.from_active_steps(self.active.sum(0), self.active.shape[0])
-
-
 class ATSpikformer(nn.Module):
     """Spikformer with adaptive tokens.
 
@@ -90,8 +50,9 @@ class ATSpikformer(nn.Module):
 
     Notes
     -----
-    ``execution`` says how halted cells are treated: ``"masked"`` computes every cell and zeroes
-    the halted ones.
+    ``execution`` says how halted cells are treated: ``"packed"`` (the default) computes the rows
+    of active cells only, ``"masked"`` every cell, and zeroes the halted ones. The numbers are the
+    same.
     """
 
     def __init__(self, config: SpikformerConfig) -> None:
@@ -101,7 +62,7 @@ class ATSpikformer(nn.Module):
                 f"ATSpikformer: config must be a SpikformerConfig, got {type(config).__name__}"
             )
         self.config = config
-        self._execution = "masked"
+        self._execution = "packed"
         dim = config.embed_dim
         lif = {"tau": config.tau, "surrogate": config.surrogate, "alpha": config.alpha}
         common: dict[str, Any] = {"bias": config.bias, **lif}
@@ -140,7 +101,7 @@ class ATSpikformer(nn.Module):
 
     @property
     def execution(self) -> str:
-        """How halted cells are treated: ``"masked"`` computes them and zeroes the result."""
+        """``"packed"``: halted cells do not exist; ``"masked"``: they are computed and zeroed."""
         return self._execution
 
     @execution.setter
@@ -202,7 +163,7 @@ class ATSpikformer(nn.Module):
     ) -> Tensor | Trace:
         """Blocks, halting, merging, readout and head, from tokens ``[T, B, N, C]``."""
         if self.config.halting == "sequential":
-            return self._sequential(x, return_trace, rates)
+            return run_sequential(self, x, return_trace, rates)
         return self._parallel(x, return_trace, rates)
 
     def _images(self, x: Tensor) -> Tensor:
@@ -235,132 +196,35 @@ class ATSpikformer(nn.Module):
     def _parallel(self, x: Tensor, return_trace: bool, rates: FiringRates | None) -> Tensor | Trace:
         """All timesteps of a block at once: the rectangle and the depth accumulator, or none."""
         c = self.config
-        L, (T, B, N, _) = c.depth, x.shape
-        run = _Run(self, x)
-        kept: dict[str, list[Tensor]] = {"active": [], "scores": [], "weights": [], "sizes": []}
+        T, B, N, _ = x.shape
+        # Where nothing halts or merges there is nothing to leave out.
+        packs = self._execution == "packed" and c.adaptive
+        run = (PackedRun if packs else MaskedRun)(c, x, return_trace)
         for number, block in enumerate(self.block):
-            layout = run.layout()
-            context = Context(
-                layout, run.sizes if c.merging and c.merge_sizes else None, None, rates,
-                f"block.{number}",
-            )  # fmt: skip
             keys = None
-            if layout is None or layout.num_rows:
-                x, keys = block.forward_with_keys(x, context)
-            h = self._scores(x, run.active)
-            g = accumulate_block(h, c.halting or "depth")
-            after = run.H + g
-            goes_on = self._goes_on(after, run.active, last=number + 1 == L)
-            w, last = halting_weights(g, run.H, run.active, goes_on)
-            self._read(run, x, w, last)
-            held = run.active.gather(2, run.source.expand(run.active.shape))
-            run.depth = run.depth + held
-            run.ponder = run.ponder + ponder_block(number + 1, w, last, run.sizes)
-            for name, value in (
-                ("active", run.active), ("scores", h), ("weights", w), ("sizes", run.sizes),
-            ):  # fmt: skip
-                kept[name].append(value)
-            run.H, run.active = after, goes_on
-            if len(self.merge) and number + 1 < L and keys is not None:
-                x = self._merge(run, x, keys, self.merge[number])
+            if run.layout.num_rows:
+                run.x, keys = block.forward_with_keys(run.x, run.context(number, rates))
+            run.finish_block(number, self._scores(number, run))
+            if number + 1 < c.depth:
+                plan = None
+                if len(self.merge) and keys is not None:
+                    counts = run.firing_counts(keys)
+                    plan = self.merge[number].plan(counts, run.following.active_steps)
+                run.advance(plan)
         logits = self.head(readout(run.features, max(T * N, 1)))
-        if not return_trace:
+        if run.kept is None:
             return logits
+        kept = run.kept
         return Trace(
-            logits, torch.stack(kept["active"]), run.depth,
-            (run.ponder / max(T * B * N, 1)).to(torch.float32), torch.stack(kept["scores"]),
-            torch.stack(kept["weights"]), run.sizes, torch.stack(kept["sizes"]), run.source,
+            logits, torch.stack(kept.active), run.depth,
+            (run.ponder / max(T * B * N, 1)).to(torch.float32), torch.stack(kept.scores),
+            torch.stack(kept.weights), run.sizes, torch.stack(kept.sizes), run.source,
             {} if rates is None else rates.rates(),
         )  # fmt: skip
 
-    def _sequential(
-        self, x: Tensor, return_trace: bool, rates: FiringRates | None
-    ) -> Tensor | Trace:
-        """One timestep after the other; a halted token is gone from all that follows."""
-        c = self.config
-        L, (T, B, N, C) = c.depth, x.shape
-        total = x.new_zeros((B, N), dtype=torch.float32)
-        ran = torch.zeros((L, T, B, N), dtype=torch.bool, device=x.device)
-        scores, weights = [], []  # of each cell, in the order they run
-        features = x.new_zeros((B, N, C), dtype=torch.float64)
-        ponder = x.new_zeros((), dtype=torch.float64)
-        state: dict[str, Tensor] = {}
-        training = [m for m in self.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-        try:
-            # The statistics of one timestep's cells are not those of a batch.
-            for bn in training:
-                bn.eval()
-            for t in range(T):
-                y = x[t : t + 1]
-                before = torch.zeros_like(total)
-                for number, block in enumerate(self.block):
-                    active = active_cells(total, c.eps, "sequential").unsqueeze(0)
-                    ran[number, t] = active[0]
-                    layout = TokenLayout.from_active_steps(active.sum(0), 1)
-                    context = Context(layout, None, state, rates, f"block.{number}")
-                    if layout.num_rows:
-                        y, _ = block.forward_with_keys(y, context)
-                    h = self._scores(y, active)[0]
-                    scores.append(h)
-                    total = total + h
-                    goes_on = self._goes_on(total, active[0], last=number + 1 == L)
-                    w, last = halting_weights(h, before, active[0], goes_on)
-                    before = before + h
-                    weights.append(w)
-                    used = w if c.readout == "mean-field" else last.to(w.dtype)
-                    features = features + used.double().unsqueeze(-1) * y[0].double()
-                    ponder = ponder + ponder_block(number + 1, w, last)
-        finally:
-            for bn in training:
-                bn.train()
-        depth = ran.sum(0)
-        timesteps = (depth > 0).sum(0).clamp(min=1)
-        per_token = features / timesteps.double().unsqueeze(-1)
-        logits = self.head(readout(per_token.sum(1), max(N, 1)))
-        if not return_trace:
-            return logits
-        sizes = x.new_ones((B, N), dtype=torch.float32)
-        all_scores, all_weights = (
-            torch.stack(cells).view(T, L, B, N).transpose(0, 1) for cells in (scores, weights)
-        )
-        return Trace(
-            logits, ran, depth, (ponder / max(T * B * N, 1)).to(torch.float32), all_scores,
-            all_weights, sizes, sizes.expand(L, B, N),
-            torch.arange(N, device=x.device).repeat(B, 1), {} if rates is None else rates.rates(),
-        )  # fmt: skip
-
-    def _scores(self, x: Tensor, active: Tensor) -> Tensor:
-        """Scores ``[T, B, N]`` of the tokens after a block, zero where it did not run."""
-        if self.halting is None:
-            return x.new_zeros(x.shape[:-1], dtype=torch.float32)
-        return self.halting(x) * active
-
-    def _goes_on(self, H: Tensor, active: Tensor, last: bool) -> Tensor:
-        if last:
-            return torch.zeros_like(active)
-        if self.halting is None:
-            return active
-        # A merged-away token stays away although its own accumulator says nothing of it.
-        return active & active_cells(H, self.config.eps, self.config.halting or "depth")
-
-    def _read(self, run: _Run, x: Tensor, w: Tensor, last: Tensor) -> None:
-        """Add what this block gives to the readout."""
-        if self.config.readout == "last":
-            w = last.to(w.dtype)
-        if self.halting is None and not bool(last.any()):
-            return  # all weights are zero until the last block
-        sizes = run.sizes if self.config.merging else None
-        run.features = run.features + readout_block(x, w, sizes)
-
-    def _merge(self, run: _Run, x: Tensor, keys: Tensor, merge: TokenMerge) -> Tensor:
-        """Merge similar tokens at a block boundary: tokens, accumulators, sizes, source map."""
-        plan = merge.plan(firing_counts(keys), run.active.sum(0))
-        x = merge_tokens(x, plan, run.sizes)
-        run.H = merge_tokens(run.H, plan, run.sizes, SCORE_BITS)
-        run.sizes = merged_sizes(run.sizes, plan)
-        run.active = run.active & ~plan.merged
-        run.source = plan.target.gather(1, run.source)
-        return x
+    def _scores(self, number: int, run: PackedRun) -> Tensor | None:
+        """Scores ``[R]`` of the active cells after block ``number``."""
+        return None if self.halting is None else run.rows(self.halting(run.x))
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

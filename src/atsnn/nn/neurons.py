@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..checks import check_choice, check_number
+from ..layout import TokenLayout
 from ..reference import SURROGATES
 
 STEP_MODES = ("s", "m")
@@ -49,12 +50,17 @@ class Neuron(nn.Module):
     def _settings(self) -> dict[str, Any]:
         return {}
 
-    def run(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(spikes, final membrane)`` of ``x [T, ...]`` from ``v``; the module keeps nothing."""
+    def run(
+        self, x: Tensor, v: Tensor | None = None, layout: TokenLayout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(spikes, final membrane)`` of ``x [T, ...]``, or of rows ``[R, C]``, from ``v``.
+
+        The module keeps nothing of it.
+        """
         return F.neuron(
             x, v, kind=self.kind, v_threshold=self.v_threshold, v_reset=self.v_reset,
             detach_reset=self.detach_reset, surrogate=self.surrogate, alpha=self.alpha,
-            **self._settings(),
+            layout=layout, **self._settings(),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

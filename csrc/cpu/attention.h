@@ -1,0 +1,63 @@
+// Spiking self-attention over the runs of active rows: declarations.
+//
+// The formula's home is `spiking_attention` in src/atsnn/reference.py. For the rows of one
+// (timestep, image) and the channels of one head:
+//   out = scale * q @ (k^T @ diag(size) @ v)  =  scale * (q @ k^T) @ diag(size) @ v
+// Spikes are 0 or 1 and mostly 0, so the products visit only what is not zero. Any finite values
+// are taken (zeros are skipped, others multiplied); integer sums below 2^24 are exact in either
+// order. Values are summed in arithmetic_t<S> in an order that depends on the shape alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.h"
+#include "storage.h"
+
+namespace atsnn {
+
+template <class S>
+struct AttentionForward {
+  const S *q, *k, *v;  // [R, C]
+  S* out;              // [R, C]
+  const float* sizes;  // [B, N] in token order, or null: all 1
+  Layout layout;
+  int64_t C, heads;  // heads divides C
+  double scale;
+};
+
+template <class S>
+struct AttentionBackward {
+  const S *q, *k, *v, *grad_out;  // [R, C]
+  S *grad_q, *grad_k, *grad_v;    // [R, C]
+  const float* sizes;             // [B, N] in token order, or null: all 1
+  Layout layout;
+  int64_t C, heads;
+  double scale;
+};
+
+// The cheaper order (the twin of attention_order in reference.py): q (k^T v) costs 2 n d^2
+// products, (q k^T) v costs 2 n^2 d.
+constexpr bool keys_first(int64_t tokens, int64_t head_dim) { return head_dim <= tokens; }
+
+// Bytes of scratch a thread needs (aligned to 64) for runs of at most `tokens` rows.
+template <class S>
+size_t attention_scratch(int64_t tokens, int64_t head_dim, bool backward);
+
+// Items are (run, head) pairs, head fastest: item = run * heads + head. Each item writes all its
+// rows' channels; items do not touch each other's output.
+#define ATSNN_DECLARE_ATTENTION(LEVEL)                                                    \
+  namespace LEVEL {                                                                       \
+  template <class S>                                                                      \
+  void attention_forward(const AttentionForward<S>&, void* scratch, int64_t item_begin,   \
+                         int64_t item_end);                                               \
+  template <class S>                                                                      \
+  void attention_backward(const AttentionBackward<S>&, void* scratch, int64_t item_begin, \
+                          int64_t item_end);                                              \
+  }
+ATSNN_DECLARE_ATTENTION(portable)
+ATSNN_DECLARE_ATTENTION(avx2)
+ATSNN_DECLARE_ATTENTION(avx512)
+#undef ATSNN_DECLARE_ATTENTION
+
+}  // namespace atsnn

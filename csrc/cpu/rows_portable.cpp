@@ -1,0 +1,15 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <type_traits>
+
+#include "halting.h"
+#include "rows.h"
+
+#define ATSNN_LEVEL portable
+#define ATSNN_VECTOR_BYTES 16
+#include "rows-inl.h"

@@ -1,0 +1,28 @@
+"""Operators: ``torch.library`` schemas, fake kernels, autograd, and the choice of backend."""
+
+from . import layout
+from .attention import spike_driven_attention, spiking_attention
+from .backends import BACKENDS, available_backends, native_level, resolve_backend, use_backend
+from .halting import halt, halting_scores, readout
+from .merging import firing_counts, match_tokens, merge_tokens, take_rows, unmerge_tokens
+from .neuron import neuron
+
+__all__ = [
+    "BACKENDS",
+    "available_backends",
+    "firing_counts",
+    "halt",
+    "halting_scores",
+    "layout",
+    "match_tokens",
+    "merge_tokens",
+    "native_level",
+    "neuron",
+    "readout",
+    "resolve_backend",
+    "spike_driven_attention",
+    "spiking_attention",
+    "take_rows",
+    "unmerge_tokens",
+    "use_backend",
+]

@@ -1,0 +1,75 @@
+"""Who computes: the native kernels, Triton or the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from ..checks import BackendError, check_choice
+from .library import native, native_missing
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+# A plain global, which torch.compile guards on; a context variable it would silently ignore.
+_chosen = "auto"
+
+
+def native_level() -> str | None:
+    """Instruction set of the native kernels in use (``"avx512"``, ...), None if not built."""
+    return native.level() if native is not None else None
+
+
+def available_backends() -> dict[str, bool | str]:
+    """Each backend, with ``True`` or the reason why it cannot be used here."""
+    return {
+        "native": True if native is not None else native_missing,
+        "triton": "this version has no Triton kernels yet",
+        "reference": True,
+    }
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Use ``backend`` for every call inside that does not name one itself, in every thread."""
+    global _chosen
+    check_choice("use_backend", "backend", backend, BACKENDS)
+    before, _chosen = _chosen, backend
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+_warned: set[str] = set()
+
+
+def resolve_backend(op: str, backend: str, device: torch.device) -> str:
+    """The backend that serves the call: ``"native"`` or ``"reference"``.
+
+    A backend that was named and cannot serve raises; ``auto`` falls back to the reference and
+    warns once why.
+    """
+    check_choice(op, "backend", backend, BACKENDS)
+    if backend == "auto":
+        backend = _chosen
+    if backend == "reference":
+        return "reference"
+    if backend == "triton":
+        raise BackendError(
+            f"{op}: backend 'triton' cannot serve the call: {available_backends()['triton']}"
+        )
+    if device.type not in ("cpu", "meta"):
+        reason = f"the native kernels run on CPU tensors, got a tensor on {device}"
+    elif native is None:
+        reason = native_missing
+    else:
+        return "native"
+    if backend == "native":
+        raise BackendError(f"{op}: backend 'native' cannot serve the call: {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"atsnn computes with the reference: {reason}", stacklevel=4)
+    return "reference"

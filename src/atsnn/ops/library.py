@@ -1,0 +1,183 @@
+"""The operators' schemas, in one place, and the extension that brings their native kernels.
+
+Every operator has the reference as its ``CompositeExplicitAutograd`` kernel and, where the
+extension is built, a C++ kernel for ``CPU``. So the package computes without a compiler.
+
+``token [B, N]`` and ``offsets [T * B + 1]`` are those of a :class:`~atsnn.layout.TokenLayout`;
+where they are left out the tensors are dense, ``[T, B, N, C]``, and every cell is active.
+A gradient that does not exist is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import TokenLayout
+
+NEURON = (
+    "Tensor x, Tensor? v, Tensor? inv_tau, Tensor? token, Tensor? offsets, str kind, float tau, "
+    "float v_threshold, float? v_reset, bool decay_input, bool detach_reset, str surrogate, "
+    "float alpha"
+)
+ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sizes, Tensor? token, Tensor? offsets, "
+    "int num_heads, float scale"
+)
+SPIKE_DRIVEN = (
+    "Tensor q, Tensor k, Tensor v, Tensor? state, Tensor? sizes, Tensor? token, Tensor? offsets, "
+    "float v_threshold, float tau, str surrogate, float alpha"
+)
+# From one layout to another in which the tokens that merged are gone.
+MERGE = (
+    "Tensor target, Tensor sizes, Tensor? token, Tensor? offsets, Tensor? to_token, "
+    "Tensor? to_offsets"
+)
+UNMERGE = "Tensor target, Tensor? token, Tensor? offsets, Tensor? to_token, Tensor? to_offsets"
+READOUT = "Tensor x, Tensor w, Tensor? sizes, Tensor? token, Tensor? offsets"
+HALT = "Tensor token, Tensor offsets, str accumulator"
+
+SCHEMAS = f"""
+token_layout(Tensor active_steps, int T) -> (Tensor, Tensor)
+layout_cells(Tensor token, Tensor offsets) -> Tensor
+moved_rows(Tensor token, Tensor offsets, Tensor to_token, Tensor to_offsets) -> Tensor
+neuron({NEURON}) -> (Tensor, Tensor)
+neuron_backward(Tensor? grad_spikes, Tensor? grad_v, {NEURON}) -> (Tensor, Tensor, Tensor)
+spiking_attention({ATTENTION}) -> Tensor
+spiking_attention_backward(Tensor grad, {ATTENTION}) -> (Tensor, Tensor, Tensor)
+spike_driven_attention({SPIKE_DRIVEN}) -> (Tensor, Tensor)
+spike_driven_attention_backward(Tensor? grad, Tensor? grad_state, {SPIKE_DRIVEN}) \
+-> (Tensor, Tensor, Tensor, Tensor)
+take_rows(Tensor x, Tensor index) -> Tensor
+take_rows_backward(Tensor grad, Tensor index, SymInt rows) -> Tensor
+firing_counts(Tensor keys, Tensor? token, Tensor? offsets) -> Tensor
+match_tokens(Tensor counts, Tensor active_steps, int? r, float? threshold) -> Tensor
+merge_tokens(Tensor x, {MERGE}, int bits) -> Tensor
+merge_tokens_backward(Tensor grad, {MERGE}) -> Tensor
+unmerge_tokens(Tensor y, {UNMERGE}) -> Tensor
+unmerge_tokens_backward(Tensor grad, {UNMERGE}) -> Tensor
+halting_scores(Tensor x, Tensor weight, Tensor bias, str score) -> Tensor
+halting_scores_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, str score) \
+-> (Tensor, Tensor, Tensor)
+halt(Tensor h, Tensor H, {HALT}, float eps, bool final) -> (Tensor, Tensor, Tensor, Tensor)
+halt_backward(Tensor? grad_w, Tensor? grad_H, Tensor last, {HALT}) -> (Tensor, Tensor)
+readout({READOUT}) -> Tensor
+readout_backward(Tensor grad, {READOUT}) -> (Tensor, Tensor)
+"""
+
+# The library must define its schemas before the extension registers kernels for them.
+LIBRARY = torch.library.Library("atsnn", "DEF")
+for _schema in SCHEMAS.strip().splitlines():
+    LIBRARY.define(_schema)
+
+native: Any = None
+native_missing = ""
+try:
+    native = importlib.import_module("atsnn._C")
+except ImportError as _error:
+    native_missing = f"the extension is not built or does not load: {_error}"
+
+
+def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the reference of an operator for every device without a kernel of its own."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(torch.no_grad()(function))
+        return function
+
+    return register
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the shapes and dtypes of an operator's results."""
+    return torch.library.register_fake(f"atsnn::{name}", lib=LIBRARY)
+
+
+def autograd(
+    name: str, backward: Callable[..., Any], setup: Callable[..., Any]
+) -> None:
+    """Register an operator's gradient, which can be differentiated no further and says so."""
+
+    def first_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+        found = backward(ctx, *grads)
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = [t for t in (*ctx.saved_tensors, *grads) if isinstance(t, Tensor)]
+            found = tuple(
+                _FirstDerivative.apply(name, g, *sources) if isinstance(g, Tensor) else g
+                for g in found
+            )
+        return found
+
+    torch.library.register_autograd(
+        f"atsnn::{name}", first_derivative, setup_context=setup, lib=LIBRARY
+    )
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, grad: Tensor, *sources: Tensor) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{ctx.name}: the native kernels have first derivatives only; "
+            "backend='reference' has more"
+        )
+
+
+def reference_gradients(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Gradients of a reference for its inputs; an empty tensor for one that is ``None``."""
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = zip(outputs, grads, strict=True)
+        pairs = [(o, g) for o, g in given if g is not None and o.requires_grad]
+        wanted = [x for x in leaves if x is not None]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if pairs:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+            )
+    results = iter(found)
+    like = wanted[0]
+    out = []
+    for x in leaves:
+        if x is None:
+            out.append(like.new_empty(0))
+            continue
+        g = next(results)
+        # The gradient may be a view of one given, which an operator must not return.
+        out.append(torch.zeros_like(x) if g is None else g.clone(memory_format=torch.contiguous_format))
+    return tuple(out)
+
+
+def layout_of(token: Tensor | None, offsets: Tensor | None) -> TokenLayout | None:
+    if token is None or offsets is None:
+        return None
+    return TokenLayout.from_parts(token, offsets)
+
+
+def unpacked(layout: TokenLayout | None, x: Tensor) -> Tensor:
+    """Dense form of rows: what the reference computes on."""
+    return x if layout is None else layout.unpack(x)
+
+
+def packed(layout: TokenLayout | None, x: Tensor) -> Tensor:
+    """Rows of a dense result."""
+    return x if layout is None else layout.pack(x)
+
+
+def parts(layout: TokenLayout | None) -> tuple[Tensor | None, Tensor | None]:
+    """How the operators are given a layout."""
+    return (None, None) if layout is None else (layout.token, layout.offsets)
