@@ -25,7 +25,7 @@ def extension():
     # loaded, so that there is only one in the process.
     if sys.platform == "linux":
         compile_args.append("-fopenmp")
-    sources = sorted(p for p in (ROOT / "csrc").rglob("*.cpp") if "attention" not in str(p))
+    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     # setuptools wants paths relative to this file.
     return {
         "ext_modules": [

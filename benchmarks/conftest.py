@@ -1,18 +1,47 @@
-"""The protocol: correctness first, then interleaved timing, and a table of ratios at the end."""
+"""The protocol: correctness first, then interleaved timing, and tables of ratios at the end."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from atsnn import measure
 
-ROWS: list[dict[str, object]] = []
+TABLES: dict[str, list[dict[str, object]]] = {}
 
 
 @pytest.fixture
-def report():
-    """Collect one row of the closing table."""
-    return ROWS.append
+def report(request):
+    """Collect one row of the closing table of the file."""
+    return TABLES.setdefault(request.path.stem, []).append
+
+
+class Limits:
+    """What the machine can do, measured beside the work: a copy and a matrix product."""
+
+    def __init__(self) -> None:
+        self.a, self.b = torch.randn(1024, 384), torch.randn(384, 1536)
+        self.x = torch.randn(4 << 20)
+
+    @property
+    def functions(self):
+        """To be timed in turns with the work."""
+        return {"clone": self.x.clone, "matmul": lambda: self.a @ self.b}
+
+    def bytes_share(self, moved: float, work, times) -> float:
+        """Bytes a second of the work over those of the copy."""
+        copied = 2 * self.x.numel() * self.x.element_size() / times["clone"].median
+        return moved / work.median / copied
+
+    def flops_share(self, flops: float, work, times) -> float:
+        """FLOP/s of the work over those of the matrix product."""
+        (m, k), n = self.a.shape, self.b.shape[1]
+        return flops / work.median / (2 * m * k * n / times["matmul"].median)
+
+
+@pytest.fixture(scope="session")
+def limits():
+    return Limits()
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
@@ -26,17 +55,19 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not ROWS:
+    if not TABLES:
         return
     m = measure.machine()
     terminalreporter.section("ratios of medians, interleaved in one run")
     terminalreporter.write_line(
         f"{m['processor']}, {m['cores']} cores, {m['instruction_set']}, torch {m['torch']}"
     )
-    columns = list(ROWS[0])
-    cells = [columns] + [[str(row[c]) for c in columns] for row in ROWS]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        terminalreporter.write_line(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        )
+    for name, rows in TABLES.items():
+        columns = list(rows[0])
+        cells = [columns] + [[str(row[c]) for c in columns] for row in rows]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        terminalreporter.write_line(f"\n{name}")
+        for line in cells:
+            terminalreporter.write_line(
+                "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            )

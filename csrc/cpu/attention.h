@@ -8,6 +8,7 @@
 // order. Values are summed in arithmetic_t<S> in an order that depends on the shape alone.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -40,9 +41,27 @@ struct AttentionBackward {
 // products, (q k^T) v costs 2 n^2 d.
 constexpr bool keys_first(int64_t tokens, int64_t head_dim) { return head_dim <= tokens; }
 
-// Bytes of scratch a thread needs (aligned to 64) for runs of at most `tokens` rows.
+// Channels of a head as the kernels keep them: whole vectors of the widest set.
+template <class A>
+constexpr int64_t padded(int64_t head_dim) {
+  constexpr int64_t lanes = 64 / sizeof(A);
+  return (head_dim + lanes - 1) / lanes * lanes;
+}
+
+// Bytes of scratch (aligned to 64) a thread needs for runs of at most `tokens` rows: of q, k, v a
+// bit for each value and a flag for each row; q, k, v and the gradient, where rows cannot be read
+// in place; up to three [d, d] or two [n, n] matrices; three rows.
 template <class S>
-size_t attention_scratch(int64_t tokens, int64_t head_dim, bool backward);
+size_t attention_scratch(int64_t tokens, int64_t head_dim, bool backward) {
+  using A = arithmetic_t<S>;
+  const int64_t wide = padded<A>(head_dim), words = (wide + 63) / 64;
+  const size_t bits = 3 * tokens * (words * sizeof(uint64_t) + 1);
+  const size_t rows = (backward ? 4 : 3) * tokens * wide;
+  const size_t square = (backward ? 3 : 1) * head_dim * wide;
+  const size_t products = (backward ? 2 : 1) * std::min(tokens, head_dim) * tokens;
+  constexpr size_t lines = 16 * 64;  // each piece begins on a line of its own
+  return bits + (rows + std::max(square, products) + 3 * wide) * sizeof(A) + lines;
+}
 
 // Items are (run, head) pairs, head fastest: item = run * heads + head. Each item writes all its
 // rows' channels; items do not touch each other's output.

@@ -99,6 +99,34 @@ ATSNN_INLINE vec<A> absolute(vec<A> x) {
   return x;
 }
 
+// Bit i is set where element i is not `c`.
+template <class A>
+ATSNN_INLINE uint32_t differs(vec<A> v, A c) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(c), _CMP_NEQ_UQ);
+  } else {
+    return _mm512_cmp_pd_mask((__m512d)v, _mm512_set1_pd(c), _CMP_NEQ_UQ);
+  }
+#elif defined(__x86_64__) && ATSNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == 4) {
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(c), _CMP_NEQ_UQ));
+  } else {
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_set1_pd(c), _CMP_NEQ_UQ));
+  }
+#elif defined(__x86_64__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm_movemask_ps(_mm_cmpneq_ps((__m128)v, _mm_set1_ps(c)));
+  } else {
+    return _mm_movemask_pd(_mm_cmpneq_pd((__m128d)v, _mm_set1_pd(c)));
+  }
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Simd<A>::width; ++i) bits |= uint32_t(v[i] != c) << i;
+  return bits;
+#endif
+}
+
 constexpr double log2_e = 1.44269504088896340736;
 
 // 2^y for float32 and y <= 0: 2^n times a degree-5 minimax polynomial for 2^f, f in [-1/2, 1/2]

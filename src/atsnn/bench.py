@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import AtsnnError, check_integer
+from .compare import compare_executions
 from .cost import Cost, cost
 from .data import Split
 from .measure import Timing, interleaved, machine, realized_fraction
@@ -23,10 +24,25 @@ class GateFailed(AtsnnError, AssertionError):
     """A result was wrong, so no timing of it is reported."""
 
 
-def check_gate(model: ATSpikformer, images: Tensor) -> str:
-    """Compare the native backend with the reference before anything is timed."""
+def check_gate(model: ATSpikformer, images: Tensor) -> list[str]:
+    """Compare the native backend with the reference, and packed with masked execution.
+
+    Returns
+    -------
+    list of str
+        What was found, one line a comparison.
+    """
+    found = []
+    if model.config.adaptive:
+        difference = compare_executions(model, images)
+        if difference.flipped == 0 and difference.cells > 0:
+            raise GateFailed(
+                f"bench: expected packed execution to run the cells of the masked one where no "
+                f"spike differs, got {difference.cells} others"
+            )
+        found.append(str(difference))
     if available_backends()["native"] is not True:
-        return "native kernels not built: the reference is timed"
+        return ["native kernels not built: the reference is timed", *found]
     with torch.no_grad():
         native = model(images, return_trace=True)  # each operation that has a native kernel
         with use_backend("reference"):
@@ -38,7 +54,9 @@ def check_gate(model: ATSpikformer, images: Tensor) -> str:
                 f"bench: expected the native backend to give the reference's {name} bit for bit, "
                 f"got {int((ours != theirs).sum())} of {ours.numel()} different"
             )
-    return f"native = reference bit for bit on {len(images)} images (logits, scores, depths)"
+    return [
+        f"native = reference bit for bit on {len(images)} images (logits, scores, depths)", *found
+    ]
 
 
 @torch.no_grad()
@@ -76,7 +94,7 @@ def bench(
         check_integer("bench", "batch", size, at_least=1, at_most=len(split))
     model = model.eval()
     plain = model.without_halting()
-    log("checking the native kernels against the reference")
+    log("checking the native kernels against the reference, packed against masked")
     gate = check_gate(model, split.images[:32])
     log(f"evaluating {len(split)} images")
     models = {"this model": model, "this model, halting off": plain, **(controls or {})}

@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the timing")
     bench.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
     bench.add_argument("--limit", type=int, help="use the first LIMIT test images only")
+    bench.add_argument(
+        "--execution", choices=("packed", "masked"), default="packed",
+        help="run active cells only, or all and zero the halted ones",
+    )  # fmt: skip
     _json_option(bench)
 
     evaluate = command("eval", _eval, "print accuracy and executed cells on the test images")
@@ -203,6 +207,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     console = _console()
     model, split = _load(args)
+    model.execution = args.execution
     controls = {}
     if args.checkpoint == "digits" and args.data == "digits":
         controls = {

@@ -121,7 +121,7 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
     out: list[RenderableType] = [
         f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, "
         f"torch {m['torch']}, atsnn {m['atsnn']}",
-        f"checked first: {result['gate']}",
+        *(f"checked first: {line}" for line in result["gate"]),
         "",
         evaluation_table(result["accuracy"]),
         _cells_table(result["cost"], result["cost_images"]),
@@ -138,7 +138,12 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
             f"medians of {rounds} interleaved rounds; {noise}. "
             "realized = latency saved / FLOPs saved."
         )
-    if result["execution"] == "masked":
+    if result["execution"] == "packed":
+        out.append(
+            "off: every cell of the same network runs, nothing halts. on: the packed form, in which "
+            "the rows of active cells exist and nothing else. The stem is not touched by halting."
+        )
+    else:
         out.append(
             "This run executed the masked form: every cell is computed and the halted ones are "
             "zeroed, so the FLOPs counted as saved were not saved in time, and the realized "
