@@ -4,6 +4,7 @@
 // row is added (or, where values are not 0 and 1, multiplied and added) for each set bit. Vectors
 // run along the channels, so the order of every sum depends on the values alone.
 
+#include "attention_counts-inl.h"
 #include "simd-inl.h"
 
 namespace atsnn {
@@ -332,8 +333,20 @@ void backward_products_first(const AttentionBackward<S>& a, const Item& item,
 template <class S>
 void attention_forward(const AttentionForward<S>& a, void* scratch, int64_t item_begin,
                        int64_t item_end) {
-  for (int64_t i = item_begin; i < item_end; ++i) {
-    forward_item(a, item_of(a.layout, a.heads, a.C / a.heads, i), scratch);
+  const int64_t d = a.C / a.heads;
+  for (int64_t i = item_begin, end; i < item_end; i = end) {
+    const Item item = item_of(a.layout, a.heads, d, i);
+    // Heads that lie side by side are read together: whole lines, one after the other.
+    const int64_t head = i % a.heads;
+    end = i + std::min({count_heads(d), a.heads - head, item_end - i});
+    if constexpr (std::is_same<S, float>::value) {
+      if (keys_first(item.n, d) && try_counts(a, item.first, item.n, head, end - i, scratch)) {
+        continue;
+      }
+    }
+    for (int64_t j = i; j < end; ++j) {
+      forward_item(a, item_of(a.layout, a.heads, d, j), scratch);
+    }
   }
 }
 

@@ -38,7 +38,7 @@ struct HaltBackward {
   float *grad_h, *grad_H_before;  // [R]
 };
 
-// `scratch` holds 2 * N elements.
+// `scratch` holds 2 * N elements, N for the way back.
 void halt_step(const HaltForward& a, float* scratch);
 void halt_step_backward(const HaltBackward& a, float* scratch);
 

@@ -32,7 +32,7 @@ void merge_entries(const Merge& m, int64_t* first, int64_t* source, double* weig
                    int64_t* scratch);
 
 // For the way back: the row of `to` that each row of `from` went into, -1 if none, and its share in
-// it. `to_rank` is token_ranks of `to`; `total` holds N elements.
+// it. `to_rank` is token_ranks of `to`; `total` holds 2 * N elements.
 void merge_shares(const Merge& m, const int64_t* to_rank, int64_t* row, double* share,
                   double* total);
 
@@ -52,7 +52,7 @@ using Dots = void (*)(const A* a, const A* const* b, int64_t n, int64_t C, doubl
 // The best partner of each token and how similar it is, within one image (ties to the lower index):
 // tokens of equal lifetime > 0, in index order, are split alternately into two sets; partner[k] is
 // -1 for tokens of the second set and those without a partner.
-// counts [N, C]; scratch_* hold 2 * N elements each.
+// counts [N, C]; scratch_rows holds N elements, the other scratch_* 2 * N each.
 template <class A>
 void best_partners(const A* counts, const int64_t* lifetime, int64_t N, int64_t C, Dots<A> dots,
                    int64_t* partner, double* similarity, int64_t* scratch_index,

@@ -25,6 +25,7 @@ ATSNN_INLINE void each_channels(int64_t C, F f) {
 template <class S>
 void gather_rows(const GatherRows<S>& a, int64_t begin, int64_t end) {
   const int64_t C = a.C;
+  if (C == 0) return;  // an empty tensor is null, which memcpy does not take
   for (int64_t i = begin; i < end; ++i) {
     S* out = a.out + i * C;
     if (a.index[i] < 0) {
@@ -43,6 +44,7 @@ void gather_rows(const GatherRows<S>& a, int64_t begin, int64_t end) {
 
 template <class S>
 void combine_rows(const CombineRows<S>& a, int64_t begin, int64_t end) {
+  if (a.C == 0) return;  // an empty tensor is null, which memcpy does not take
   const double grid = std::ldexp(1.0, a.bits), step = std::ldexp(1.0, -a.bits);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = a.first[i], last = a.first[i + 1];

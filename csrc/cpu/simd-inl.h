@@ -3,6 +3,7 @@
 // Included once by each per-level file, after ATSNN_LEVEL (its namespace) and
 // ATSNN_VECTOR_BYTES are defined. Every operation is elementwise IEEE arithmetic rounded once,
 // so all levels give the same bits.
+#pragma once
 #ifndef ATSNN_LEVEL
 #error "define ATSNN_LEVEL and ATSNN_VECTOR_BYTES before including simd-inl.h"
 #endif
@@ -123,6 +124,21 @@ ATSNN_INLINE uint32_t differs(vec<A> v, A c) {
 #else
   uint32_t bits = 0;
   for (int i = 0; i < Simd<A>::width; ++i) bits |= uint32_t(v[i] != c) << i;
+  return bits;
+#endif
+}
+
+// Bit i is set where element i is negative.
+ATSNN_INLINE uint32_t signs(Simd<float>::I v) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)v);
+#elif defined(__x86_64__) && ATSNN_VECTOR_BYTES == 32
+  return _mm256_movemask_ps((__m256)v);
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)v);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Simd<float>::width; ++i) bits |= uint32_t(v[i] < 0) << i;
   return bits;
 #endif
 }
