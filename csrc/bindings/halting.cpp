@@ -152,11 +152,10 @@ std::tuple<Tensor, Tensor> halt_backward(const OptionalTensor& grad_w, const Opt
   const Tensor where = last.contiguous();
   const OptionalTensor gw = contiguous(grad_w), gH = contiguous(grad_H);
   const Scratch scratch(layout.view.N * sizeof(float));
-  halt_step_backward(
-      {read_or_null<float>(gw), read_or_null<float>(gH),
-       reinterpret_cast<const uint8_t*>(read<bool>(where)), layout.view, over_time(op, accumulator),
-       write<float>(grad_h), write<float>(grad_before)},
-      scratch.as<float>());
+  halt_step_backward({read_or_null<float>(gw), read_or_null<float>(gH),
+                      reinterpret_cast<const uint8_t*>(read<bool>(where)), layout.view,
+                      over_time(op, accumulator), write<float>(grad_h), write<float>(grad_before)},
+                     scratch.as<float>());
   return {grad_h, grad_before};
 }
 

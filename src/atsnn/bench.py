@@ -55,7 +55,8 @@ def check_gate(model: ATSpikformer, images: Tensor) -> list[str]:
                 f"got {int((ours != theirs).sum())} of {ours.numel()} different"
             )
     return [
-        f"native = reference bit for bit on {len(images)} images (logits, scores, depths)", *found
+        f"native = reference bit for bit on {len(images)} images (logits, scores, depths)",
+        *found,
     ]
 
 

@@ -309,11 +309,10 @@ def halt(
     """
     g = accumulate_block(h, accumulator)
     after = H + g
+    # A merged-away token stays away although its own accumulator says nothing of it.
+    goes_on = active & active_cells(after, eps, accumulator)
     if final:
         goes_on = torch.zeros_like(active)
-    else:
-        # A merged-away token stays away although its own accumulator says nothing of it.
-        goes_on = active & active_cells(after, eps, accumulator)
     w, last = halting_weights(g, H, active, goes_on)
     return w, last, after, goes_on.sum(0)
 

@@ -140,8 +140,9 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
         )
     if result["execution"] == "packed":
         out.append(
-            "off: every cell of the same network runs, nothing halts. on: the packed form, in which "
-            "the rows of active cells exist and nothing else. The stem is not touched by halting."
+            "off: every cell of the same network runs, nothing halts. on: the packed form, in "
+            "which the rows of active cells exist and nothing else. Halting does not touch the "
+            "stem."
         )
     else:
         out.append(

@@ -69,8 +69,7 @@ def synthetic_scores(depths: Tensor, L: int) -> Tensor:
     check_shape(op, "depths", check_tensor(op, "depths", depths), T=None, B=None, N=None)
     if depths.numel() and not 1 <= int(depths.min()) <= int(depths.max()) <= L:
         raise InvalidValue(
-            f"{op}: depths must lie in 1 .. L = {L}, got {int(depths.min())} .. "
-            f"{int(depths.max())}"
+            f"{op}: depths must lie in 1 .. L = {L}, got {int(depths.min())} .. {int(depths.max())}"
         )
     blocks = torch.arange(1, L + 1, device=depths.device).view(L, 1, 1, 1)
     return (blocks == depths).to(torch.float32)

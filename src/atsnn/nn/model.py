@@ -28,6 +28,7 @@ from .sequential import run_sequential
 from .stem import SpikingPatchSplitting
 from .trace import FiringRates, Trace
 
+
 class Head(nn.Linear):
     """A linear layer that adds in float64 and rounds once.
 

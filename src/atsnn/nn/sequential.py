@@ -36,7 +36,9 @@ def run_sequential(
         for bn in training:
             bn.eval()
         for t in range(T):
-            layout = TokenLayout.from_active_steps(active_cells(total, c.eps, "sequential").long(), 1)
+            layout = TokenLayout.from_active_steps(
+                active_cells(total, c.eps, "sequential").long(), 1
+            )
             y = layout.pack(x[t : t + 1]) if packed else x[t : t + 1]
             before = torch.zeros_like(total)
             for number, block in enumerate(model.block):

@@ -75,7 +75,7 @@ def _halt_composite(h, H, token, offsets, accumulator, eps, final):
 
 @composite("halt_backward")
 def _halt_backward(grad_w, grad_H, last, token, offsets, accumulator):
-    layout = layout_of(token, offsets)
+    layout = TokenLayout.from_parts(token, offsets)
     zeros = last.new_zeros(last.shape, dtype=torch.float32)
 
     def weights(h, H):

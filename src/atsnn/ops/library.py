@@ -97,9 +97,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"atsnn::{name}", lib=LIBRARY)
 
 
-def autograd(
-    name: str, backward: Callable[..., Any], setup: Callable[..., Any]
-) -> None:
+def autograd(name: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
     """Register an operator's gradient, which can be differentiated no further and says so."""
 
     def first_derivative(ctx: Any, *grads: Tensor | None) -> Any:
@@ -158,7 +156,9 @@ def reference_gradients(
             continue
         g = next(results)
         # The gradient may be a view of one given, which an operator must not return.
-        out.append(torch.zeros_like(x) if g is None else g.clone(memory_format=torch.contiguous_format))
+        out.append(
+            torch.zeros_like(x) if g is None else g.clone(memory_format=torch.contiguous_format)
+        )
     return tuple(out)
 
 

@@ -1,0 +1,31 @@
+"""Operations on tensors, differentiable, checked: dense ``[T, B, N, C]`` or packed ``[R, C]``.
+
+With a ``layout`` tensors hold the rows of its active cells alone.
+
+Formulas live in :mod:`atsnn.reference`; this module checks arguments and chooses the backend.
+"""
+
+from ..reference import HaltingState, MergePlan
+from .attention import spike_driven_attention, spiking_attention
+from .halting import accumulate, halt, halting_scores, ponder_loss, readout
+from .merging import firing_counts, match_tokens, merge_tokens, take_rows, unmerge_tokens
+from .neuron import KINDS, neuron
+
+__all__ = [
+    "KINDS",
+    "HaltingState",
+    "MergePlan",
+    "accumulate",
+    "firing_counts",
+    "halt",
+    "halting_scores",
+    "match_tokens",
+    "merge_tokens",
+    "neuron",
+    "ponder_loss",
+    "readout",
+    "spike_driven_attention",
+    "spiking_attention",
+    "take_rows",
+    "unmerge_tokens",
+]

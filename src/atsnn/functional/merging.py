@@ -1,0 +1,223 @@
+"""Rows from one layout to the next: taking, matching, merging, unmerging."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..checks import (
+    InvalidType,
+    InvalidValue,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    shape_of,
+)
+from ..layout import TokenLayout
+from ..reference import MergePlan
+from .tokens import check_layout, check_rows, check_sizes, check_tokens
+
+
+def take_rows(x: Tensor, layout: TokenLayout, to: TokenLayout, *, backend: str = "auto") -> Tensor:
+    """Rows of one layout to those of another whose cells are all active in it: one gather.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[R, ...]`` rows of ``layout``.
+    layout, to : TokenLayout
+        Of the same ``T``, ``B``, ``N``.
+
+    Returns
+    -------
+    Tensor
+        ``[R', ...]`` rows of ``to``.
+    """
+    op = "take_rows"
+    check_tensor(op, "x", x)
+    check_dtype(op, "x", x)
+    check_layout(op, layout, x)
+    check_layout(op, to, x)
+    if x.dim() < 1 or x.shape[0] != layout.num_rows:
+        raise InvalidValue(f"{op}: x must have {layout.num_rows} rows, got shape {shape_of(x)}")
+    if (to.T, to.B, to.N) != (layout.T, layout.B, layout.N):
+        raise InvalidValue(
+            f"{op}: both layouts must have (T, B, N) = {(layout.T, layout.B, layout.N)}, "
+            f"got {(to.T, to.B, to.N)}"
+        )
+    return ops.take_rows(backend, x, to.rows_in(layout))
+
+
+def firing_counts(
+    keys: Tensor, *, layout: TokenLayout | None = None, backend: str = "auto"
+) -> Tensor:
+    """Spikes of each token over the timesteps, what :func:`match_tokens` compares.
+
+    ``keys`` are ``[T, B, N, C]``, with a layout ``[R, C]``; the result is ``[B, N, C]`` float32,
+    without a gradient.
+    """
+    check_tokens("firing_counts", "keys", keys, layout)
+    return ops.firing_counts(backend, layout, keys)
+
+
+def match_tokens(
+    counts: Tensor,
+    *,
+    r: int | None = None,
+    threshold: float | None = None,
+    sizes: Tensor | None = None,
+    active_steps: Tensor | None = None,
+    match: str = "similar",
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> MergePlan:
+    """Pairs of similar tokens to merge: bipartite, deterministic, within equal lifetimes.
+
+    Parameters
+    ----------
+    counts : Tensor
+        ``[B, N, C]`` firing counts of the keys over the timesteps, non-negative integers of any
+        dtype.
+    r : int, optional
+        Number of pairs an image merges at most.
+    threshold : float, optional
+        Merge every pair whose cosine similarity exceeds it. Exactly one of ``r``, ``threshold``.
+    sizes : Tensor, optional
+        ``[B, N]``; accepted for symmetry with :func:`merge_tokens`, checked, not used.
+    active_steps : Tensor, optional
+        ``[B, N]`` integer; only tokens with equal, non-zero values can merge. Default: all equal.
+    match : {"similar", "random"}
+        ``random`` is a control: random partners, from ``generator``.
+
+    Returns
+    -------
+    MergePlan
+    """
+    op = "match_tokens"
+    check_tensor(op, "counts", counts)
+    check_shape(op, "counts", counts, B=None, N=None, C=None)
+    check_choice(op, "match", match, reference.MATCHES)
+    if (r is None) == (threshold is None):
+        raise InvalidValue(
+            f"{op}: exactly one of r and threshold must be given, got r={r}, threshold={threshold}"
+        )
+    if r is not None:
+        check_integer(op, "r", r, at_least=0)
+    else:
+        check_number(op, "threshold", threshold)
+    B, N, _ = counts.shape
+    if sizes is not None:
+        check_sizes(op, sizes, B, N, counts)
+    if active_steps is not None:
+        check_tensor(op, "active_steps", active_steps)
+        check_shape(op, "active_steps", active_steps, B=B, N=N)
+        check_device(op, "active_steps", active_steps, "counts", counts)
+        if active_steps.is_floating_point() or active_steps.is_complex():
+            raise InvalidType(
+                f"{op}: active_steps must be an integer tensor, got {active_steps.dtype}"
+            )
+    check_finite(op, "counts", counts)
+    if not torch.compiler.is_compiling() and counts.numel():
+        bad = (
+            (counts < 0) | (counts != counts.round()) if counts.is_floating_point() else counts < 0
+        )
+        if bool(bad.any()):
+            raise InvalidValue(f"{op}: counts must be non-negative integers, got {counts[bad][0]}")
+    lifetimes = (
+        torch.ones((B, N), dtype=torch.int64, device=counts.device)
+        if active_steps is None
+        else active_steps.to(torch.int64)
+    )
+    threshold = None if threshold is None else float(threshold)
+    return ops.match_tokens(backend, counts, r, threshold, lifetimes, match, generator)
+
+
+def _check_plan(op: str, x: Tensor, plan: MergePlan, layout: TokenLayout | None) -> None:
+    check_tensor(op, "x", x)
+    check_dtype(op, "x", x)
+    if layout is None:
+        if x.dim() != 4 or x.shape[1:3] != plan.shape:
+            raise InvalidValue(
+                f"{op}: x must have shape (T, B, N, C) with the plan's (B, N) = "
+                f"{shape_of(plan.shape)}, got {shape_of(x)}"
+            )
+    else:
+        check_layout(op, layout, x)
+        if plan.shape != (layout.B, layout.N):
+            raise InvalidValue(
+                f"{op}: the layout must have the plan's (B, N) = {shape_of(plan.shape)}, "
+                f"got {(layout.B, layout.N)}"
+            )
+    check_device(op, "x", x, "the plan", plan.target)
+
+
+def merge_tokens(
+    x: Tensor,
+    plan: MergePlan,
+    *,
+    sizes: Tensor | None = None,
+    layout: TokenLayout | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Merge tokens into their size-weighted mean, rounded to a multiple of ``2^-8``.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[T, B, N, C]``; with a layout ``[R, C]``.
+    plan : MergePlan
+        From :func:`match_tokens`.
+    sizes : Tensor, optional
+        ``[B, N]`` before the merge. Default: ones. No gradient.
+    layout : TokenLayout, optional
+        The cells before the merge.
+
+    Returns
+    -------
+    Tensor
+        ``[T, B, N, C]``; rows of tokens that merged into another are zero. With a layout the rows
+        of ``layout.without(plan.merged)``.
+    """
+    op = "merge_tokens"
+    _check_plan(op, x, plan, layout)
+    to = None
+    if layout is not None:
+        check_rows(op, "x", x, layout)
+        to = layout.without(plan.merged)
+    if sizes is None:
+        sizes = torch.ones(plan.shape, device=x.device)
+    check_sizes(op, sizes, plan.shape[0], plan.shape[1], x)
+    return ops.merge_tokens(backend, layout, to, x, plan, sizes)
+
+
+def unmerge_tokens(
+    y: Tensor, plan: MergePlan, *, layout: TokenLayout | None = None, backend: str = "auto"
+) -> Tensor:
+    """Give every original token the row of the token it was merged into.
+
+    Parameters
+    ----------
+    y : Tensor
+        ``[T, B, N, C]``; with a layout the rows of ``layout.without(plan.merged)``.
+    plan : MergePlan
+    layout : TokenLayout, optional
+        The cells before the merge.
+
+    Returns
+    -------
+    Tensor
+        ``[T, B, N, C]``; with a layout the rows of ``layout``.
+    """
+    op = "unmerge_tokens"
+    _check_plan(op, y, plan, layout)
+    if layout is None:
+        return ops.unmerge_tokens(backend, None, None, y, plan)
+    after = layout.without(plan.merged)
+    check_rows(op, "y", y, after)
+    return ops.unmerge_tokens(backend, after, layout, y, plan)
