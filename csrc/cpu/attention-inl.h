@@ -160,19 +160,29 @@ ATSNN_INLINE void gather(A* out, A scale, const A* table, const Room<A>& room,
   });
 }
 
-// out = the sum over i < count of factor[i * step] * rows + i * stride, without the zero factors.
-template <class A>
-ATSNN_INLINE void weigh(A* out, const A* factor, int64_t step, int64_t count, const A* rows,
-                        int64_t stride, int64_t wide) {
+// For each of ROWS outputs, `wide` apart: the sum over i < count of factor[row * apart + i * step]
+// times row i of `rows`. Several at a time, so that a loaded row serves all and sums do not wait
+// for each other.
+template <int ROWS, class A>
+ATSNN_INLINE void weigh(A* out, const A* factor, int64_t apart, int64_t step, int64_t count,
+                        const A* rows, int64_t stride, int64_t wide) {
   constexpr int64_t width = Simd<A>::width;
   each_block<A>(wide, [&](int64_t c, auto vectors) {
-    vec<A> sum[vectors.value] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const A f = factor[i * step];
-      if (f == 0) continue;
-      for (int k = 0; k < vectors.value; ++k) sum[k] += f * load(rows + i * stride + c + k * width);
+    constexpr int n = std::min<int>(vectors.value, 2);  // 2 vectors of 4 rows fit the registers
+    for (int64_t from = c; from < c + vectors.value * width; from += n * width) {
+      vec<A> sum[ROWS][n] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        vec<A> row[n];
+        for (int k = 0; k < n; ++k) row[k] = load(rows + i * stride + from + k * width);
+        for (int r = 0; r < ROWS; ++r) {
+          const A f = factor[r * apart + i * step];
+          for (int k = 0; k < n; ++k) sum[r][k] += f * row[k];
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        for (int k = 0; k < n; ++k) store(out + r * wide + from + k * width, sum[r][k]);
+      }
     }
-    for (int k = 0; k < vectors.value; ++k) store(out + c + k * width, sum[k]);
   });
 }
 
@@ -243,7 +253,7 @@ void forward_item(const AttentionForward<S>& a, const Item& item, void* scratch)
       for (int64_t s = 0; s < item.n; ++s) {
         product[s] = dot(q, r, k, s, room.words) * size_at<A>(a.sizes, a.layout, item.b, s);
       }
-      weigh(row, product, 1, item.n, v.rows, v.stride, room.wide);
+      weigh<1>(row, product, 0, 1, item.n, v.rows, v.stride, room.wide);
       put_row(a.out + at + r * a.C, scaled(row, scale, row, room.wide), d);
     }
   }
@@ -256,6 +266,8 @@ void transpose(const A* from, A* to, int64_t d, int64_t wide) {
     std::fill(to + i * wide + d, to + (i + 1) * wide, A(0));
   }
 }
+
+constexpr int together = 4;  // rows of a gradient that are taken at a time
 
 // With g = scale * grad_out:  grad_q = g (k^T v)^T,  G = q^T g,  grad_v = k G,  grad_k = v G^T.
 template <class S>
@@ -271,19 +283,25 @@ void backward_keys_first(const AttentionBackward<S>& a, const Item& item,
   A* const vk = room.template take<A>(d * wide);
   A* const G = room.template take<A>(d * wide);
   A* const GT = room.template take<A>(d * wide);
-  A* const row = room.template take<A>(wide);
-  A* const g = room.template take<A>(wide);
+  A* const row = room.template take<A>(together * wide);
+  A* const g = room.template take<A>(together * wide);
+  std::fill(g, g + together * wide, A(0));
   std::fill(vk, vk + d * wide, A(0));
   std::fill(G, G + d * wide, A(0));
   for (int64_t r = 0; r < item.n; ++r) {
     const A size = size_at<A>(a.sizes, a.layout, item.b, r);
     scatter(vk, room, v, r, a.sizes ? scaled(k.row(r), size, row, wide) : k.row(r));
   }
-  for (int64_t r = 0; r < item.n; ++r) {
-    scaled(grad.row(r), scale, g, wide);
-    scatter(G, room, q, r, g);
-    weigh(row, g, 1, d, vk, wide, wide);
-    put_row(a.grad_q + at + r * a.C, row, d);
+  for (int64_t first = 0; first < item.n; first += together) {
+    const int64_t some = std::min<int64_t>(together, item.n - first);
+    for (int64_t i = 0; i < some; ++i) {
+      scatter(G, room, q, first + i, scaled(grad.row(first + i), scale, g + i * wide, wide));
+    }
+    // Past the last row stands what was there before: it is computed and not used.
+    weigh<together>(row, g, wide, 1, d, vk, wide, wide);
+    for (int64_t i = 0; i < some; ++i) {
+      put_row(a.grad_q + at + (first + i) * a.C, row + i * wide, d);
+    }
   }
   transpose(G, GT, d, wide);
   for (int64_t r = 0; r < item.n; ++r) {
@@ -321,11 +339,11 @@ void backward_products_first(const AttentionBackward<S>& a, const Item& item,
     }
   }
   for (int64_t r = 0; r < n; ++r) {
-    weigh(row, D + r * n, 1, n, k.rows, k.stride, wide);
+    weigh<1>(row, D + r * n, 0, 1, n, k.rows, k.stride, wide);
     put_row(a.grad_q + at + r * a.C, row, d);
-    weigh(row, D + r, n, n, q.rows, q.stride, wide);
+    weigh<1>(row, D + r, 0, n, n, q.rows, q.stride, wide);
     put_row(a.grad_k + at + r * a.C, row, d);
-    weigh(row, P + r, n, n, grad.rows, grad.stride, wide);
+    weigh<1>(row, P + r, 0, n, n, grad.rows, grad.stride, wide);
     put_row(a.grad_v + at + r * a.C, row, d);
   }
 }

@@ -50,7 +50,7 @@ constexpr int64_t padded(int64_t head_dim) {
 
 // Bytes of scratch (aligned to 64) a thread needs for runs of at most `tokens` rows: of q, k, v a
 // bit for each value and a flag for each row; q, k, v and the gradient, where rows cannot be read
-// in place; up to three [d, d] or two [n, n] matrices; three rows.
+// in place; up to three [d, d] or two [n, n] matrices; eight rows.
 template <class S>
 size_t attention_scratch(int64_t tokens, int64_t head_dim, bool backward) {
   using A = arithmetic_t<S>;
@@ -60,7 +60,7 @@ size_t attention_scratch(int64_t tokens, int64_t head_dim, bool backward) {
   const size_t square = (backward ? 3 : 1) * head_dim * wide;
   const size_t products = (backward ? 2 : 1) * std::min(tokens, head_dim) * tokens;
   constexpr size_t lines = 16 * 64;  // each piece begins on a line of its own
-  const size_t general = bits + (rows + std::max(square, products) + 3 * wide) * sizeof(A) + lines;
+  const size_t general = bits + (rows + std::max(square, products) + 8 * wide) * sizeof(A) + lines;
   if (backward || head_dim > 64) return general;
   // In counts (attention_counts-inl.h): of 128 channels, or one head, a bit of q and k and a byte
   // of v; tables of 16 rows for every four of 64 tokens and for every four channels; the product.

@@ -20,7 +20,7 @@ from .checks import (
 __all__ = ["TokenLayout"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenLayout:
     """The rows of one block's active cells.
 
@@ -135,6 +135,9 @@ class TokenLayout:
         in_range = bool(((token >= 0) & (token < N)).all())
         n = torch.zeros_like(ranked).scatter_(1, token if in_range else ranked * 0, ranked)
         return cls(T, B, N, int(offsets[-1]), n, token, offsets)
+
+    def __repr__(self) -> str:
+        return f"TokenLayout(T={self.T}, B={self.B}, N={self.N}, num_rows={self.num_rows})"
 
     @property
     def is_full(self) -> bool:
