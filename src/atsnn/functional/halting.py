@@ -67,8 +67,8 @@ def halt(
     eps: float = 0.01,
     final: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, TokenLayout]:
-    """One block's halting step: from scores to accumulators, weights and the next layout.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One block's halting step: from scores to accumulators, weights and what runs next.
 
     Parameters
     ----------
@@ -90,8 +90,9 @@ def halt(
         ``[R]`` bool, where the weight is the remainder.
     H : Tensor
         ``[R]`` the accumulators after the block.
-    layout : TokenLayout
-        The cells of the next block.
+    active_steps : Tensor
+        ``[B, N]`` int64, the timesteps each token is active in the next block, of which
+        :meth:`TokenLayout.from_active_steps` makes its layout.
 
     Notes
     -----
@@ -108,8 +109,7 @@ def halt(
         check_dtype(op, name, value, (torch.float32,))
     check_choice(op, "accumulator", accumulator, ("rectangle", "depth"))
     check_number(op, "eps", eps, above=0, below=1)
-    w, last, after, steps = ops.halt(backend, layout, h, H, accumulator, float(eps), final)
-    return w, last, after, TokenLayout.from_active_steps(steps, layout.T)
+    return ops.halt(backend, layout, h, H, accumulator, float(eps), final)
 
 
 def readout(

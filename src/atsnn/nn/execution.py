@@ -84,9 +84,10 @@ class PackedRun:
         final = number + 1 == c.depth
         if h is None:
             h = torch.zeros_like(self.H)
-        w, last, self.H, self.following = F.halt(
+        w, last, self.H, steps = F.halt(
             h, self.H, self.layout, accumulator=c.halting or "depth", eps=c.eps, final=final
         )
+        self.following = TokenLayout.from_active_steps(steps, self.layout.T)
         if c.halting is not None or final:  # otherwise all weights are zero until the last block
             used = last.to(w.dtype) if c.readout == "last" else w
             self.features = self.features + self._read(used, self.sizes if c.merging else None)
