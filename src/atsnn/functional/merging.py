@@ -157,12 +157,31 @@ def _check_plan(op: str, x: Tensor, plan: MergePlan, layout: TokenLayout | None)
     check_device(op, "x", x, "the plan", plan.target)
 
 
+def _after(
+    op: str, plan: MergePlan, layout: TokenLayout | None, after: TokenLayout | None
+) -> TokenLayout | None:
+    """The layout after a merge, given or made."""
+    if layout is None:
+        if after is not None:
+            raise InvalidValue(f"{op}: after needs a layout before the merge, got none")
+        return None
+    if after is None:
+        return layout.without(plan.merged)
+    shape = (layout.T, layout.B, layout.N)
+    if shape != (after.T, after.B, after.N):
+        raise InvalidValue(
+            f"{op}: after must have (T, B, N) = {shape}, got {(after.T, after.B, after.N)}"
+        )
+    return after
+
+
 def merge_tokens(
     x: Tensor,
     plan: MergePlan,
     *,
     sizes: Tensor | None = None,
     layout: TokenLayout | None = None,
+    after: TokenLayout | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Merge tokens into their size-weighted mean, rounded to a multiple of ``2^-8``.
@@ -175,39 +194,44 @@ def merge_tokens(
         From :func:`match_tokens`.
     sizes : Tensor, optional
         ``[B, N]`` before the merge. Default: ones. No gradient.
-    layout : TokenLayout, optional
-        The cells before the merge.
+    layout, after : TokenLayout, optional
+        The cells before and after the merge. ``after`` is ``layout.without(plan.merged)`` if it
+        is not given (it must be under ``torch.compile``, which cannot make a layout).
 
     Returns
     -------
     Tensor
         ``[T, B, N, C]``; rows of tokens that merged into another are zero. With a layout the rows
-        of ``layout.without(plan.merged)``.
+        of ``after``.
     """
     op = "merge_tokens"
     _check_plan(op, x, plan, layout)
-    to = None
     if layout is not None:
         check_rows(op, "x", x, layout)
-        to = layout.without(plan.merged)
+    after = _after(op, plan, layout, after)
     if sizes is None:
         sizes = torch.ones(plan.shape, device=x.device)
     check_sizes(op, sizes, plan.shape[0], plan.shape[1], x)
-    return ops.merge_tokens(backend, layout, to, x, plan, sizes)
+    return ops.merge_tokens(backend, layout, after, x, plan, sizes)
 
 
 def unmerge_tokens(
-    y: Tensor, plan: MergePlan, *, layout: TokenLayout | None = None, backend: str = "auto"
+    y: Tensor,
+    plan: MergePlan,
+    *,
+    layout: TokenLayout | None = None,
+    after: TokenLayout | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Give every original token the row of the token it was merged into.
 
     Parameters
     ----------
     y : Tensor
-        ``[T, B, N, C]``; with a layout the rows of ``layout.without(plan.merged)``.
+        ``[T, B, N, C]``; with a layout the rows of ``after``.
     plan : MergePlan
-    layout : TokenLayout, optional
-        The cells before the merge.
+    layout, after : TokenLayout, optional
+        The cells before and after the merge, as in :func:`merge_tokens`.
 
     Returns
     -------
@@ -216,8 +240,7 @@ def unmerge_tokens(
     """
     op = "unmerge_tokens"
     _check_plan(op, y, plan, layout)
-    if layout is None:
-        return ops.unmerge_tokens(backend, None, None, y, plan)
-    after = layout.without(plan.merged)
-    check_rows(op, "y", y, after)
+    after = _after(op, plan, layout, after)
+    if after is not None:
+        check_rows(op, "y", y, after)
     return ops.unmerge_tokens(backend, after, layout, y, plan)
