@@ -6,6 +6,7 @@ can be compared bit for bit. All numbers are NumPy's: torch's depend on the inst
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import atsnn.functional as F
 from atsnn import TokenLayout, reference
+from atsnn.ops.library import SCHEMAS
 from atsnn.reference import MergePlan
 
 Inputs = dict[str, Tensor]
@@ -47,8 +49,7 @@ class Operation:
 
     ``make(numbers, layout, C, dtype)`` gives the inputs by name; ``packed(backend, layout,
     **inputs)`` packs them and calls with the layout; ``dense(backend, layout, **inputs)`` calls
-    without and packs what comes out. ``leaves`` are the inputs with a gradient. ``exact``: sums
-    that the gradients add are exact in any order where what flows back is dyadic.
+    without and packs what comes out. ``leaves`` are the inputs with a gradient.
     """
 
     make: Callable[[Numbers, TokenLayout, int, torch.dtype], Inputs]
@@ -88,9 +89,7 @@ def make_neuron(kind, has_v, numbers, layout, C, dtype):
 
 
 def packed_neuron(settings, backend, layout, x, v=None, inv_tau=None):
-    return F.neuron(
-        layout.pack(x), v, inv_tau=inv_tau, layout=layout, backend=backend, **settings
-    )
+    return F.neuron(layout.pack(x), v, inv_tau=inv_tau, layout=layout, backend=backend, **settings)
 
 
 def dense_neuron(settings, backend, layout, x, v=None, inv_tau=None):
@@ -173,12 +172,10 @@ def make_halt(numbers, layout, C, dtype):
 
 
 def halt_operation(accumulator: str, final: bool) -> Operation:
+    settings = dict(accumulator=accumulator, final=final)
+
     def packed(backend, layout, h, H):
-        *out, to = F.halt(
-            layout.pack(h), layout.pack(H), layout, accumulator=accumulator, final=final,
-            backend=backend,
-        )  # fmt: skip
-        return (*out, to.active_steps)
+        return F.halt(layout.pack(h), layout.pack(H), layout, backend=backend, **settings)
 
     def dense(backend, layout, h, H):
         *out, steps = reference.halt(h, H, layout.mask, accumulator, 0.01, final)
@@ -249,9 +246,7 @@ def take(backend, layout, x, steps):
 TAKE = Operation(
     make_fewer,
     take,
-    lambda backend, layout, x, steps: (
-        TokenLayout.from_active_steps(steps, layout.T).pack(x),
-    ),
+    lambda backend, layout, x, steps: (TokenLayout.from_active_steps(steps, layout.T).pack(x),),
     ("x",),
 )
 
@@ -348,22 +343,21 @@ def leaves_of(operation: Operation, inputs: Inputs) -> Inputs:
 
 def gradients(
     operation: Operation, form: str, backend: str, layout: TokenLayout, inputs: Inputs,
-    numbers: Numbers | None, which: int = 3,
+    numbers: Numbers, which: int = 3,
 ) -> tuple[Outputs, dict[str, Tensor]]:  # fmt: skip
     """Results, and gradients of the leaves from random ones of the results.
 
-    Of the results with a gradient only those whose bit is set in ``which`` send one, at least
-    one does. Without ``numbers`` those sent are ones.
+    Of several floating-point results only those whose bit is set in ``which`` send one.
     """
     leaves = leaves_of(operation, inputs)
     outputs = getattr(operation, form)(backend, layout, **leaves)
-    reached = [out for out in outputs if out.requires_grad]
-    chosen = [out for i, out in enumerate(reached) if which >> i & 1] or reached
-    sent = [
-        torch.ones_like(out) if numbers is None
-        else numbers.integers(-8, 8, out.shape, bits=2).to(out.dtype)
-        for out in chosen
-    ]  # fmt: skip
+    results = [out for out in outputs if out.is_floating_point()]
+    chosen, sent = [], []
+    for i, out in enumerate(results):
+        grad = numbers.integers(-8, 8, out.shape, bits=2).to(out.dtype)
+        if out.requires_grad and (len(results) == 1 or which >> i & 1):
+            chosen.append(out)
+            sent.append(grad)
     wanted = [leaves[name] for name in operation.leaves]
     found = [None] * len(wanted)
     if chosen:
@@ -403,3 +397,106 @@ def layouts(draw):
 def ragged(seed: int, T: int, B: int, N: int) -> TokenLayout:
     n = Numbers(seed).rng.integers(0, T + 1, (B, N))
     return TokenLayout.from_active_steps(torch.from_numpy(n), T)
+
+
+# -- the operators themselves ---------------------------------------------------------------------
+
+SMALL = TokenLayout.from_active_steps(torch.tensor([[2, 1, 0], [2, 2, 1]]), 2)
+OPERATORS = {schema.split("(")[0] for schema in SCHEMAS.strip().splitlines()}
+LEAVES = {"x", "v", "inv_tau", "q", "k", "state", "y", "weight", "bias", "h", "H", "w"}
+WITHOUT_GRADIENT = {"token_layout", "layout_cells", "moved_rows", "firing_counts", "match_tokens"}
+
+
+def signature(name: str) -> list[str]:
+    schema = getattr(torch.ops.atsnn, name).default._schema
+    return [argument.name for argument in schema.arguments]
+
+
+def operator_arguments(
+    name: str, layout: TokenLayout | None = SMALL, dtype: torch.dtype = torch.float32,
+    C: int = 4, shape: tuple[int, int, int] = (2, 2, 3), bare: bool = False,
+) -> dict[str, object]:  # fmt: skip
+    """Arguments for ``torch.ops.atsnn.<name>`` that fit, packed or (without a layout) dense.
+
+    ``bare``: what may be left out besides the layout is.
+    """
+    # A halting step is of rows only.
+    packed = layout is not None or name in ("halt", "halt_backward")
+    layout = TokenLayout.full(*shape) if layout is None else layout
+    T, B, N = layout.T, layout.B, layout.N
+    numbers = Numbers(3)
+    target = plan_of(numbers, layout)
+    after = layout.without(MergePlan.of(target).merged)
+    arithmetic = reference.arithmetic_dtype(dtype)
+
+    def rows(make, *channels, of=layout):
+        x = masked(of, make(cells(of, *channels)))
+        return of.pack(x) if packed else x
+
+    def parts(of):
+        return (of.token, of.offsets) if packed else (None, None)
+
+    scores = partial(numbers.integers, 0, 2**15, bits=18)
+    fewer = TokenLayout.from_active_steps((layout.active_steps - 1).clamp(min=0), T)
+    x = rows(numbers.normal, C).to(dtype)
+    grad = rows(numbers.normal, C).to(dtype)
+    pool = dict(
+        active_steps=layout.active_steps, T=T, x=x, y=rows(numbers.normal, C, of=after).to(dtype),
+        **{n: rows(numbers.spikes, C).to(dtype) for n in ("q", "k", "v", "keys")},
+        state=numbers.normal((B, 1, C)).to(arithmetic), sizes=sizes_of(numbers, layout),
+        num_heads=2, scale=0.125, kind="plif", tau=2.0, v_threshold=1.0, v_reset=0.25,
+        decay_input=True, detach_reset=False, surrogate="atan", alpha=2.0,
+        inv_tau=torch.tensor(0.4, dtype=arithmetic), counts=numbers.integers(0, 3, (B, N, C)),
+        r=2, threshold=None, target=target, bits=8, score="mean", weight=torch.tensor(0.5),
+        bias=torch.tensor(-1.0), h=rows(scores).float(), H=rows(scores).float(),
+        last=rows(numbers.spikes).bool(), accumulator="rectangle", eps=0.01, final=False,
+        w=rows(scores).float(), grad=grad, grad_spikes=grad, grad_w=rows(scores).float(),
+        grad_H=rows(scores).float(), grad_state=numbers.normal((B, 1, C)).to(arithmetic),
+        rows=x.shape[0], index=torch.arange(x.shape[0] + 3) % max(x.shape[0], 1) // 2,
+    )  # fmt: skip
+    pool["counts"] = pool["counts"].to(dtype)
+    pool["token"], pool["offsets"] = parts(layout)
+    pool["to_token"], pool["to_offsets"] = parts(after)
+    if name in ("layout_cells", "moved_rows"):
+        pool["token"], pool["offsets"] = layout.token, layout.offsets  # never left out
+        pool["to_token"], pool["to_offsets"] = fewer.token, fewer.offsets
+    if name.startswith("neuron"):
+        pool["v"] = numbers.normal((B, N, C)).to(arithmetic)
+        pool["grad_v"] = numbers.normal((B, N, C)).to(arithmetic)
+    elif name.startswith("unmerge"):
+        pool["token"], pool["offsets"] = parts(after)
+        pool["to_token"], pool["to_offsets"] = parts(layout)
+    elif name == "merge_tokens_backward":
+        pool["grad"] = rows(numbers.normal, C, of=after).to(dtype)
+    elif name == "take_rows_backward":
+        pool["grad"] = x[pool["index"]]
+    elif name == "halting_scores_backward":
+        pool["grad"] = rows(numbers.normal).float()
+    elif name == "readout_backward":
+        pool["grad"] = numbers.normal((B, C))
+    if bare:
+        pool["kind"] = "lif"
+        optional = ["inv_tau", "state", "grad_v", "grad_state", "grad_H"]
+        optional += ["sizes"] * (not name.startswith("merge"))
+        optional += ["v"] * name.startswith("neuron")
+        pool |= dict.fromkeys(optional)
+    return {argument: pool[argument] for argument in signature(name)}
+
+
+def flat(result: object) -> Outputs:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def digest() -> str:
+    """A hash of all that the native kernels give, forward and backward."""
+    h = hashlib.sha256()
+    layout = ragged(5, 4, 3, 21)
+    for name, operation in OPERATIONS.items():
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            inputs = operation.make(Numbers(6), layout, operation.channels(37), dtype)
+            for form in ("packed", "dense") if dtype == torch.float32 else ("packed",):
+                out, grads = gradients(operation, form, "native", layout, inputs, Numbers(7))
+                for i, x in enumerate((*out, *grads.values())):
+                    h.update(f"{name} {dtype} {form} {i} {tuple(x.shape)}".encode())
+                    h.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()

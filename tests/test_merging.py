@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 
 import hypothesis.strategies as st
 import pytest
@@ -40,13 +40,16 @@ def match_by_definition(counts, lifetimes, r, threshold):
             for b in members[1::2]:
                 dot = sum(int(x) * int(y) for x, y in zip(counts[a], counts[b], strict=True))
                 aa, bb = (sum(int(x) ** 2 for x in counts[i]) for i in (a, b))
-                cosine = dot / math.sqrt(aa * bb) if aa and bb else 0.0
+                cosine = Fraction(dot * dot, aa * bb) if aa and bb else Fraction(0)
                 if best is None or cosine > best[0]:
                     best = (cosine, b)
             if best is not None:
                 pairs.append((best[0], a, best[1]))
     pairs.sort(key=lambda p: (-p[0], p[1]))
-    chosen = pairs[:r] if threshold is None else [p for p in pairs if p[0] > threshold]
+    if threshold is None:
+        chosen = pairs[:r]
+    else:  # the cosines are kept squared
+        chosen = [p for p in pairs if threshold < 0 or p[0] > Fraction(threshold) ** 2]
     target = list(range(N))
     for _, a, b in chosen:
         target[a] = b

@@ -64,6 +64,7 @@ Tensor spiking_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   const HeldTokens held(op, q, k, v, sizes, token, offsets);
   check_heads(op, held.C, num_heads);
   Tensor out = new_empty(q, q.sizes());
+  if (q.numel() == 0) return out;
   with_storage(op, q.scalar_type(), [&](auto storage) {
     using S = typename decltype(storage)::type;
     const AttentionForward<S> a{read<S>(held.q),
@@ -98,6 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> spiking_attention_backward(const Tensor& grad
   const Tensor g = grad.contiguous();
   Tensor grad_q = new_empty(q, q.sizes()), grad_k = new_empty(q, q.sizes());
   Tensor grad_v = new_empty(q, q.sizes());
+  if (q.numel() == 0) return {grad_q, grad_k, grad_v};
   with_storage(op, q.scalar_type(), [&](auto storage) {
     using S = typename decltype(storage)::type;
     const AttentionBackward<S> a{

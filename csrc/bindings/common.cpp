@@ -60,6 +60,7 @@ HeldLayout::HeldLayout(const char* op, const Tensor& token, const Tensor& offset
                     op, ": the layout's offsets must have shape [T * B + 1] with B = ", B, ", got ",
                     offsets.sizes());
   const int64_t T = B == 0 ? 0 : (offsets.numel() - 1) / B;
+  packed = true;
   token_ = token.contiguous();
   offsets_ = offsets.contiguous();
   view = {T, B, N, read<int64_t>(offsets_), read<int64_t>(token_)};

@@ -102,6 +102,7 @@ class HeldLayout {
   HeldLayout(const HeldLayout&) = delete;
 
   Layout view;
+  bool packed = false;  // whether it was given: an empty token has no address to tell it by
 
  private:
   Tensor token_, offsets_;

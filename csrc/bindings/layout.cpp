@@ -6,12 +6,16 @@
 namespace atsnn {
 namespace {
 
+constexpr int64_t most_timesteps = 1 << 20;
+
 std::tuple<Tensor, Tensor> token_layout(const Tensor& active_steps, int64_t T) {
   const char* op = "token_layout";
   check_dtype(op, "active_steps", active_steps, at::kLong);
   TORCH_CHECK_VALUE(active_steps.dim() == 2, op, ": active_steps must have shape [B, N], got ",
                     active_steps.sizes());
-  TORCH_CHECK_VALUE(T >= 0, op, ": T must be at least 0, got ", T);
+  // So that T * B + 1 cannot overflow: a tensor has fewer than 2^40 rows.
+  TORCH_CHECK_VALUE(T >= 0 && T <= most_timesteps, op, ": T must lie in 0 .. ", most_timesteps,
+                    ", got ", T);
   const int64_t B = active_steps.size(0), N = active_steps.size(1);
   const Tensor steps = active_steps.contiguous();
   const int64_t* n = read<int64_t>(steps);

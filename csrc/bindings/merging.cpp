@@ -117,6 +117,8 @@ void match(const Tensor& counts, const Tensor& steps, int64_t r, double threshol
            const Tensor& target) {
   const int64_t B = counts.size(0), N = counts.size(1), C = counts.size(2);
   const Dots<A> dot = ATSNN_AT_LEVEL(dots<A>);
+  // Similarities are squared cosines; every one exceeds a threshold below 0.
+  const double limit = threshold < 0 ? -1.0 : threshold * threshold;
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> partner(N), index(2 * N);
     std::vector<double> similarity(N), values(2 * N);
@@ -124,8 +126,8 @@ void match(const Tensor& counts, const Tensor& steps, int64_t r, double threshol
     for (int64_t b = begin; b < end; ++b) {
       best_partners<A>(read<A>(counts) + b * N * C, read<int64_t>(steps) + b * N, N, C, dot,
                        partner.data(), similarity.data(), index.data(), rows.data(), values.data());
-      choose_pairs(partner.data(), similarity.data(), N, r, threshold,
-                   write<int64_t>(target) + b * N, index.data());
+      choose_pairs(partner.data(), similarity.data(), N, r, limit, write<int64_t>(target) + b * N,
+                   index.data());
     }
   });
 }
@@ -170,7 +172,7 @@ struct HeldMerge {
                     : HeldLayout(from.view.T, from.view.B, from.view.N)),
         target(target_.contiguous()) {
     const auto [T, B, N, offsets, token] = from.view;
-    TORCH_CHECK_VALUE((token != nullptr) == to_token.has_value(), op,
+    TORCH_CHECK_VALUE(from.packed == to_token.has_value(), op,
                       ": both or neither of the layouts must be given");
     TORCH_CHECK_VALUE(to.view.T == T && to.view.B == B && to.view.N == N, op,
                       ": both layouts must have T, B, N = ", T, ", ", B, ", ", N, ", got ",

@@ -29,6 +29,8 @@ NeuronParams neuron_params(const std::optional<Tensor>& inv_tau, c10::string_vie
   p.detach_reset = detach_reset;
   p.surrogate = surrogate_of(surrogate);
   p.alpha = alpha;
+  TORCH_CHECK_VALUE(kind == "lif" || kind == "if" || kind == "plif", "neuron: unknown kind '",
+                    std::string(kind), "', must be 'lif', 'if' or 'plif'");
   p.charge = kind == "if" ? Charge::integrate : decay_input ? Charge::decay : Charge::no_decay;
   if (kind == "plif") {
     TORCH_CHECK_VALUE(inv_tau.has_value(), "neuron: kind='plif' needs inv_tau");
@@ -54,7 +56,7 @@ struct NeuronShape {
   // Dense x [T, ...] is one image of one token, whose channels are all that is not time.
   NeuronShape(const char* op, const Tensor& x, const OptionalTensor& token,
               const OptionalTensor& offsets)
-      : layout(token ? HeldLayout::of(op, x, token, offsets) : dense(op, x)) {
+      : layout(token || offsets ? HeldLayout::of(op, x, token, offsets) : dense(op, x)) {
     if (token) {
       TORCH_CHECK_VALUE(x.dim() == 2, op, ": packed x must have shape [R, C], got ", x.sizes());
       C = x.size(1);

@@ -64,7 +64,8 @@ size_t attention_scratch(int64_t tokens, int64_t head_dim, bool backward) {
   if (backward || head_dim > 64) return general;
   // In counts (attention_counts-inl.h): of 128 channels, or one head, a bit of q and k and a byte
   // of v; tables of 16 rows for every four of 64 tokens and for every four channels; the product.
-  const size_t lanes = head_dim <= 32 ? 32 : 64, heads = std::max<int64_t>(1, 128 / head_dim);
+  const size_t lanes = head_dim <= 32 ? 32 : 64,
+               heads = 128 / std::clamp<int64_t>(head_dim, 1, 128);
   const size_t spikes = heads * (tokens * 16 + (tokens + 3) * lanes);
   const size_t tables = 256 * lanes + (head_dim + 3) / 4 * 32 * lanes + 2 * head_dim * lanes;
   const size_t counts = spikes + tables + lines;

@@ -16,7 +16,7 @@
 namespace atsnn {
 namespace ATSNN_LEVEL {
 
-constexpr int64_t count_heads(int64_t d) { return std::max<int64_t>(1, 128 / d); }
+constexpr int64_t count_heads(int64_t d) { return 128 / std::clamp<int64_t>(d, 1, 128); }
 
 typedef Simd<float>::I Ints;
 // Rows are 32 or 64 counts, in whole vectors of either.

@@ -1,7 +1,6 @@
 #include "merging.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 namespace atsnn {
@@ -158,10 +157,11 @@ void best_partners(const A* counts, const int64_t* lifetime, int64_t N, int64_t 
       const int64_t a = order[i];
       dots(counts + a * C, scratch_rows, others, C, dot);
       for (int64_t j = 0; j < others; ++j) {
-        const double norm = std::sqrt(square[a] * square[second[j]]);
-        const double cosine = norm > 0 ? dot[j] / norm : 0.0;
-        if (cosine > similarity[a]) {
-          similarity[a] = cosine;
+        // No square root: equal ratios of whole numbers are then equal bits.
+        const double norm = square[a] * square[second[j]];
+        const double cosine2 = norm > 0 ? dot[j] * dot[j] / norm : 0.0;
+        if (cosine2 > similarity[a]) {
+          similarity[a] = cosine2;
           partner[a] = second[j];
         }
       }

@@ -49,7 +49,8 @@ void group_by_row(const int64_t* index, int64_t n, int64_t rows, int64_t* first,
 template <class A>
 using Dots = void (*)(const A* a, const A* const* b, int64_t n, int64_t C, double* dots);
 
-// The best partner of each token and how similar it is, within one image (ties to the lower index):
+// The best partner of each token and the square of their cosine, in one image (ties to the lower
+// index; counts are not negative, so the square orders as the cosine does):
 // tokens of equal lifetime > 0, in index order, are split alternately into two sets; partner[k] is
 // -1 for tokens of the second set and those without a partner.
 // counts [N, C]; scratch_rows holds N elements, the other scratch_* 2 * N each.

@@ -12,12 +12,15 @@ from .checks import (
     InvalidType,
     InvalidValue,
     check_device,
+    check_dtype,
     check_integer,
     check_shape,
     check_tensor,
 )
 
 __all__ = ["TokenLayout"]
+
+MOST_TIMESTEPS = 1 << 20  # the twin of most_timesteps in csrc/bindings/layout.cpp
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,8 +70,9 @@ class TokenLayout:
         token, offsets = rank_tokens(op, self.active_steps, self.T)
         for name, value, want in (("token", self.token, token), ("offsets", self.offsets, offsets)):
             check_tensor(op, name, value)
+            check_dtype(op, name, value, (torch.int64,))
             check_device(op, name, value, "active_steps", self.active_steps)
-            if value.dtype != torch.int64 or not torch.equal(value, want):
+            if not torch.equal(value, want):
                 raise InvalidValue(
                     f"{op}: {name} must be what the active steps give, {_short(want)}, "
                     f"got {_short(value)}"
@@ -124,6 +128,8 @@ class TokenLayout:
         op = "TokenLayout.from_parts"
         check_shape(op, "token", check_tensor(op, "token", token), B=None, N=None)
         check_shape(op, "offsets", check_tensor(op, "offsets", offsets), size=None)
+        for name, value in (("token", token), ("offsets", offsets)):
+            check_dtype(op, name, value, (torch.int64,))
         B, N = token.shape
         if not len(offsets) or (len(offsets) - 1) % max(B, 1) or (B == 0 and len(offsets) > 1):
             raise InvalidValue(
@@ -207,7 +213,7 @@ def rank_tokens(op: str, n: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """``token`` and ``offsets`` of checked active steps."""
     check_tensor(op, "n", n)
     check_shape(op, "n", n, B=None, N=None)
-    check_integer(op, "T", T, at_least=0)
+    check_integer(op, "T", T, at_least=0, at_most=MOST_TIMESTEPS)
     if n.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise InvalidType(f"{op}: n must be an integer tensor, got {n.dtype}")
     if n.numel() and not 0 <= int(n.min()) <= int(n.max()) <= T:

@@ -480,15 +480,17 @@ def firing_counts(keys: Tensor) -> Tensor:
 
 
 def firing_similarity(counts: Tensor) -> Tensor:
-    """Cosine of firing counts ``[B, N, C]``: ``[B, N, N]`` float64.
+    """Squared cosine of firing counts ``[B, N, C]``: ``[B, N, N]`` float64.
 
-    ``dot(a, b) / sqrt(|a|^2 |b|^2)`` from exact integers; 0 where either token is silent.
+    ``dot(a, b)^2 / (|a|^2 |b|^2)`` from exact integers; 0 where either token is silent. Counts are
+    not negative, so it orders as the cosine does; and without a square root equal ratios are equal
+    bits, so that ties are ties.
     """
     c = counts.double()
     dot = c @ c.transpose(1, 2)
     square = dot.diagonal(dim1=1, dim2=2)
-    norm = (square.unsqueeze(2) * square.unsqueeze(1)).sqrt()
-    return torch.where(norm > 0, dot / norm.clamp(min=1), torch.zeros_like(dot))
+    norm = square.unsqueeze(2) * square.unsqueeze(1)
+    return torch.where(norm > 0, dot * dot / norm.clamp(min=1), torch.zeros_like(dot))
 
 
 def match_tokens(
@@ -531,7 +533,9 @@ def match_tokens(
     partner = (similarity == best.unsqueeze(2)).to(torch.int8).argmax(2)
     has_partner = best >= 0
     if threshold is not None:
-        merged = has_partner & (best > threshold)
+        # Similarities are squared cosines; every one exceeds a threshold below 0.
+        limit = threshold if match == "random" else math.copysign(threshold**2, threshold)
+        merged = has_partner & (best > limit)
     else:
         order = torch.sort(best, dim=1, descending=True, stable=True).indices
         place = torch.empty_like(order).scatter_(1, order, identity.contiguous())

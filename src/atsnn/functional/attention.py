@@ -49,7 +49,7 @@ def spiking_attention(
         the product and every backend give the same bits; the cheaper order is taken.
     """
     op = "spiking_attention"
-    check_qkv(op, q, k, v, num_heads, sizes, layout)
+    sizes = check_qkv(op, q, k, v, num_heads, sizes, layout)
     check_number(op, "scale", scale)
     return ops.spiking_attention(backend, layout, q, k, v, sizes, num_heads, scale)
 
@@ -95,7 +95,7 @@ def spike_driven_attention(
         Shaped as ``q``, and ``[B, 1, C]``.
     """
     op = "spike_driven_attention"
-    check_qkv(op, q, k, v, num_heads, sizes, layout)
+    sizes = check_qkv(op, q, k, v, num_heads, sizes, layout)
     check_number(op, "v_threshold", v_threshold)
     check_number(op, "tau", tau, above=1)
     check_choice(op, "surrogate", surrogate, reference.SURROGATES)

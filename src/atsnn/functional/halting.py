@@ -143,7 +143,7 @@ def readout(
     check_shape(op, "w", w, **dict(zip(names, x.shape, strict=False)))
     check_dtype(op, "w", w, (torch.float32,))
     if sizes is not None:
-        check_sizes(op, sizes, *images_of(x, layout), x)
+        sizes = check_sizes(op, sizes, *images_of(x, layout), x)
     return ops.readout(backend, layout, x, w, sizes)
 
 
@@ -181,5 +181,5 @@ def ponder_loss(state: HaltingState, *, sizes: Tensor | None = None) -> Tensor:
     """Ponder loss of A-ViT, ``mean over t, k of (D + w[D])``; sizes ``[B, N]`` weigh tokens."""
     if sizes is not None:
         _, B, N = state.depth.shape
-        check_sizes("ponder_loss", sizes, B, N, state.depth)
+        sizes = check_sizes("ponder_loss", sizes, B, N, state.depth)
     return reference.ponder_loss(state.depth, state.remainder, sizes)

@@ -51,6 +51,8 @@ def take_rows(x: Tensor, layout: TokenLayout, to: TokenLayout, *, backend: str =
             f"{op}: both layouts must have (T, B, N) = {(layout.T, layout.B, layout.N)}, "
             f"got {(to.T, to.B, to.N)}"
         )
+    if not torch.compiler.is_compiling() and bool((to.active_steps > layout.active_steps).any()):
+        raise InvalidValue(f"{op}: every cell of the new layout must be active in the old one")
     return ops.take_rows(backend, x, to.rows_in(layout))
 
 
@@ -155,6 +157,22 @@ def _check_plan(op: str, x: Tensor, plan: MergePlan, layout: TokenLayout | None)
                 f"got {(layout.B, layout.N)}"
             )
     check_device(op, "x", x, "the plan", plan.target)
+    target = plan.target
+    check_dtype(op, "the plan's target", target, (torch.int64,))
+    if torch.compiler.is_compiling() or not target.numel():
+        return
+    N = target.shape[1]
+    outside = (target < 0) | (target >= N)
+    if bool(outside.any()):
+        raise InvalidValue(
+            f"{op}: the plan's targets must lie in 0 .. {N - 1}, got {int(target[outside][0])}"
+        )
+    moved = target.gather(1, target) != target
+    if bool(moved.any()):
+        raise InvalidValue(
+            f"{op}: a token that takes others in must stay, got token {int(target[moved][0])}, "
+            f"which merges itself"
+        )
 
 
 def _after(
@@ -166,12 +184,21 @@ def _after(
             raise InvalidValue(f"{op}: after needs a layout before the merge, got none")
         return None
     if after is None:
-        return layout.without(plan.merged)
+        after = layout.without(plan.merged)
     shape = (layout.T, layout.B, layout.N)
     if shape != (after.T, after.B, after.N):
         raise InvalidValue(
             f"{op}: after must have (T, B, N) = {shape}, got {(after.T, after.B, after.N)}"
         )
+    if not torch.compiler.is_compiling():
+        # A token must be active wherever the one that holds it is active after the merge.
+        needed = after.active_steps.gather(1, plan.target)
+        short = layout.active_steps < needed
+        if bool(short.any()):
+            raise InvalidValue(
+                f"{op}: a merged token must be active for the {int(needed[short][0])} timesteps of "
+                f"the token that holds it, got {int(layout.active_steps[short][0])}"
+            )
     return after
 
 
@@ -211,7 +238,7 @@ def merge_tokens(
     after = _after(op, plan, layout, after)
     if sizes is None:
         sizes = torch.ones(plan.shape, device=x.device)
-    check_sizes(op, sizes, plan.shape[0], plan.shape[1], x)
+    sizes = check_sizes(op, sizes, plan.shape[0], plan.shape[1], x)
     return ops.merge_tokens(backend, layout, after, x, plan, sizes)
 
 

@@ -54,7 +54,8 @@ def check_qkv(
     num_heads: int,
     sizes: Tensor | None,
     layout: TokenLayout | None,
-) -> None:
+) -> Tensor | None:
+    """Check what attention is given; the sizes in float32."""
     check_tokens(op, "q", q, layout)
     for name, other in (("k", k), ("v", v)):
         check_like(op, name, check_tensor(op, name, other), "q", q)
@@ -63,13 +64,14 @@ def check_qkv(
         raise InvalidValue(
             f"{op}: num_heads must divide the {q.shape[-1]} channels, got {num_heads}"
         )
-    if sizes is not None:
-        check_sizes(op, sizes, *images_of(q, layout), q)
+    return None if sizes is None else check_sizes(op, sizes, *images_of(q, layout), q)
 
 
-def check_sizes(op: str, sizes: Tensor, B: int, N: int, like: Tensor) -> None:
+def check_sizes(op: str, sizes: Tensor, B: int, N: int, like: Tensor) -> Tensor:
+    """Checked sizes ``[B, N]``, in float32."""
     check_shape(op, "sizes", check_tensor(op, "sizes", sizes), B=B, N=N)
     check_device(op, "sizes", sizes, "the tokens", like)
     check_finite(op, "sizes", sizes)
     if not torch.compiler.is_compiling() and bool((sizes < 0).any()):
         raise InvalidValue(f"{op}: sizes must be at least 0, got {float(sizes.min())}")
+    return sizes.to(torch.float32)
