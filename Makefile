@@ -7,11 +7,13 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp tests/native/*.h)
 CXX_FILES := $(CSRC) $(NATIVE_TESTS)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench bench-neuron test asan lint format build docs clean
+.PHONY: help bench bench-neuron bench-attention bench-model test asan lint format build docs clean
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
 	@echo "make bench-neuron    time the neuron kernels against SpikingJelly"
+	@echo "make bench-attention time spiking attention against dense matrix products"
+	@echo "make bench-model     time packed execution against dense, inference and training"
 	@echo "make test     set up and run the tests"
 	@echo "make asan     build and run the kernels' own tests under the address and UB sanitizers"
 	@echo "make lint     ruff, mypy, clang-format"
@@ -40,9 +42,9 @@ bench: build
 
 # glibc would give memory back after every large tensor and fault it in again, which is not what
 # is to be measured, ours or theirs.
-bench-neuron: build
+bench-neuron bench-attention bench-model: bench-%: build
 	MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=33554432 \
-	$(BIN)/python -m pytest benchmarks/bench_neuron.py
+	$(BIN)/python -m pytest benchmarks/bench_$*.py
 
 test: build
 	$(BIN)/python -m pytest
