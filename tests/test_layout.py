@@ -58,7 +58,7 @@ def test_bad_input_is_refused():
         make(ones.float(), 2)
     with pytest.raises(InvalidValue, match=r"n must have shape \(B, N\), got \(2\)"):
         make(ones[:, 0], 2)
-    with pytest.raises(InvalidValue, match="T must be a number >= 0, got -1"):
+    with pytest.raises(InvalidValue, match="T must be a number >= 0 and <= 1048576, got -1"):
         make(ones, -1)
     layout = make(ones, 2)
     with pytest.raises(InvalidValue, match=r"x must have shape .* got \(2, 2, 4, 5\)"):
