@@ -1,6 +1,6 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
-from . import functional, nn, testing
+from . import compare, functional, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
@@ -17,11 +17,13 @@ __all__ = [
     "SpikformerConfig",
     "TokenLayout",
     "available_backends",
+    "compare",
     "cost",
     "create_model",
     "from_pretrained",
     "functional",
     "nn",
+    "schedule",
     "testing",
     "use_backend",
 ]

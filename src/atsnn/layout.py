@@ -16,6 +16,7 @@ from .checks import (
     check_integer,
     check_shape,
     check_tensor,
+    shape_of,
 )
 
 __all__ = ["TokenLayout"]
@@ -173,10 +174,11 @@ class TokenLayout:
 
     def pack(self, x: Tensor) -> Tensor:
         """Gather ``[T, B, N, ...]`` into rows ``[R, ...]``."""
-        check_shape(
-            "TokenLayout.pack", "x", x.flatten(3) if x.dim() > 3 else x.unsqueeze(-1),
-            T=self.T, B=self.B, N=self.N, C=None,
-        )  # fmt: skip
+        if tuple(x.shape[:3]) != (self.T, self.B, self.N):
+            raise InvalidValue(
+                f"TokenLayout.pack: x must have shape (T, B, N, ...) = ({self.T}, {self.B}, "
+                f"{self.N}, ...), got {shape_of(x)}"
+            )
         rows = x.flatten(0, 2)
         return rows if self.is_full else rows.index_select(0, self.index)
 
@@ -195,10 +197,15 @@ class TokenLayout:
 
     def without(self, tokens: Tensor) -> TokenLayout:
         """The layout in which these tokens, ``[B, N]`` bool, are not active."""
+        op = "TokenLayout.without"
+        check_shape(op, "tokens", check_tensor(op, "tokens", tokens), B=self.B, N=self.N)
+        check_dtype(op, "tokens", tokens, (torch.bool,))
         return TokenLayout.from_active_steps(self.active_steps.masked_fill(tokens, 0), self.T)
 
     def row_values(self, values: Tensor) -> Tensor:
         """``[R]``: the value of each row's token, of ``values [B, N]``."""
+        op = "TokenLayout.row_values"
+        check_shape(op, "values", check_tensor(op, "values", values), B=self.B, N=self.N)
         return values.flatten().index_select(0, self.index % (self.B * self.N))
 
     def rows_in(self, other: TokenLayout) -> Tensor:
@@ -206,6 +213,16 @@ class TokenLayout:
 
         Every cell of this layout must be active in ``other``.
         """
+        if not torch.compiler.is_compiling():
+            shape, there = (self.T, self.B, self.N), (other.T, other.B, other.N)
+            if shape != there:
+                raise InvalidValue(
+                    f"TokenLayout.rows_in: both layouts must have (T, B, N) = {there}, got {shape}"
+                )
+            if bool((self.active_steps > other.active_steps).any()):
+                raise InvalidValue(
+                    "TokenLayout.rows_in: every cell of the new layout must be active in the old one"
+                )
         return torch.ops.atsnn.moved_rows(other.token, other.offsets, self.token, self.offsets)
 
 

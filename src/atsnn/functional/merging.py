@@ -46,13 +46,6 @@ def take_rows(x: Tensor, layout: TokenLayout, to: TokenLayout, *, backend: str =
     check_layout(op, to, x)
     if x.dim() < 1 or x.shape[0] != layout.num_rows:
         raise InvalidValue(f"{op}: x must have {layout.num_rows} rows, got shape {shape_of(x)}")
-    if (to.T, to.B, to.N) != (layout.T, layout.B, layout.N):
-        raise InvalidValue(
-            f"{op}: both layouts must have (T, B, N) = {(layout.T, layout.B, layout.N)}, "
-            f"got {(to.T, to.B, to.N)}"
-        )
-    if not torch.compiler.is_compiling() and bool((to.active_steps > layout.active_steps).any()):
-        raise InvalidValue(f"{op}: every cell of the new layout must be active in the old one")
     return ops.take_rows(backend, x, to.rows_in(layout))
 
 
@@ -93,7 +86,8 @@ def match_tokens(
     sizes : Tensor, optional
         ``[B, N]``; accepted for symmetry with :func:`merge_tokens`, checked, not used.
     active_steps : Tensor, optional
-        ``[B, N]`` integer; only tokens with equal, non-zero values can merge. Default: all equal.
+        ``[B, N]`` integer; only tokens with equal, non-zero values can merge. Give
+        ``layout.active_steps`` of packed tokens. Default: all equal.
     match : {"similar", "random"}
         ``random`` is a control: random partners, from ``generator``.
 
@@ -143,6 +137,8 @@ def match_tokens(
 def _check_plan(op: str, x: Tensor, plan: MergePlan, layout: TokenLayout | None) -> None:
     check_tensor(op, "x", x)
     check_dtype(op, "x", x)
+    if not isinstance(plan, MergePlan):
+        raise InvalidType(f"{op}: plan must be a MergePlan, got {type(plan).__name__}")
     if layout is None:
         if x.dim() != 4 or x.shape[1:3] != plan.shape:
             raise InvalidValue(
@@ -195,9 +191,12 @@ def _after(
         needed = after.active_steps.gather(1, plan.target)
         short = layout.active_steps < needed
         if bool(short.any()):
+            b, k = short.nonzero()[0].tolist()
             raise InvalidValue(
-                f"{op}: a merged token must be active for the {int(needed[short][0])} timesteps of "
-                f"the token that holds it, got {int(layout.active_steps[short][0])}"
+                f"{op}: a merged token must be active for the {int(needed[b, k])} timesteps of the "
+                f"token that holds it, got {int(layout.active_steps[b, k])} of token {k} of image "
+                f"{b}; was the plan made with active_steps=layout.active_steps, and is layout the "
+                f"one before the merge?"
             )
     return after
 
