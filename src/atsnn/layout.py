@@ -208,20 +208,18 @@ class TokenLayout:
         check_shape(op, "values", check_tensor(op, "values", values), B=self.B, N=self.N)
         return values.flatten().index_select(0, self.index % (self.B * self.N))
 
-    def rows_in(self, other: TokenLayout) -> Tensor:
+    def rows_in(self, other: TokenLayout, *, op: str = "TokenLayout.rows_in") -> Tensor:
         """``[R]`` int64: the row of ``other`` that each row of this layout is.
 
-        Every cell of this layout must be active in ``other``.
+        Every cell of this layout must be active in ``other``; ``op`` is named in errors.
         """
         if not torch.compiler.is_compiling():
             shape, there = (self.T, self.B, self.N), (other.T, other.B, other.N)
             if shape != there:
-                raise InvalidValue(
-                    f"TokenLayout.rows_in: both layouts must have (T, B, N) = {there}, got {shape}"
-                )
+                raise InvalidValue(f"{op}: both layouts must have (T, B, N) = {there}, got {shape}")
             if bool((self.active_steps > other.active_steps).any()):
                 raise InvalidValue(
-                    "TokenLayout.rows_in: every cell of the new layout must be active in the old one"
+                    f"{op}: every cell of the new layout must be active in the old one"
                 )
         return torch.ops.atsnn.moved_rows(other.token, other.offsets, self.token, self.offsets)
 

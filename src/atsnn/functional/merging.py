@@ -46,7 +46,7 @@ def take_rows(x: Tensor, layout: TokenLayout, to: TokenLayout, *, backend: str =
     check_layout(op, to, x)
     if x.dim() < 1 or x.shape[0] != layout.num_rows:
         raise InvalidValue(f"{op}: x must have {layout.num_rows} rows, got shape {shape_of(x)}")
-    return ops.take_rows(backend, x, to.rows_in(layout))
+    return ops.take_rows(backend, x, to.rows_in(layout, op=op))
 
 
 def firing_counts(
