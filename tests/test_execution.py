@@ -9,7 +9,9 @@ import torch
 from test_model import SMALL, VARIANTS, small
 
 import atsnn
+import atsnn.functional as F
 from atsnn.checks import InvalidValue
+from atsnn.compare import compare_executions
 from atsnn.testing import exact_images, exact_model
 
 SAME = (
@@ -161,3 +163,21 @@ def test_memory_and_work_follow_the_cells():
     some_bytes, some_share = saved(0.0)
     assert all_share == 1.0 and 0.2 < some_share < 0.6
     assert some_bytes / all_bytes == pytest.approx(some_share, abs=0.05)
+
+
+def test_comparison_counts_what_differs(monkeypatch):
+    model = exact_model(small("rectangle"))
+    images = exact_images(model.config, 5)
+    same = compare_executions(model, images, batch=2)
+    assert str(same) == "packed = masked on 5 images (bit for bit, no flipped spike)"
+    assert same.spikes > 0 and model.execution == "packed"
+    attention = F.spiking_attention
+    # Attention that gives nothing on packed rows.
+    monkeypatch.setattr(
+        F,
+        "spiking_attention",
+        lambda q, k, v, **settings: attention(q, k, v, **settings) * (settings["layout"] is None),
+    )
+    found = compare_executions(model, images)
+    assert found.spikes == same.spikes and 0 < found.flipped and found.logits > 0
+    assert "spikes flipped" in str(found) and str(found.flipped) in str(found)

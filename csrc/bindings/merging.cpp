@@ -1,11 +1,6 @@
 // take_rows, firing_counts, match_tokens, merge_tokens, unmerge_tokens.
 #include "../cpu/merging.h"
 
-#include <ATen/ops/zeros.h>
-
-#include <algorithm>
-#include <numeric>
-
 #include "../cpu/rows.h"
 #include "common.h"
 
@@ -17,12 +12,10 @@ constexpr int64_t rows_a_chunk = 64;
 // Rows of channels: [R, C], or [R] as [R, 1]; dense x [T, B, N(, C)] as [T * B * N, C].
 struct Channels {
   Tensor rows;
-  int64_t R, C;
+  int64_t C;
 
-  Channels(const Tensor& x, int64_t lead) : rows(x.contiguous()) {
-    R = c10::multiply_integers(x.sizes().slice(0, lead));
-    C = c10::multiply_integers(x.sizes().slice(lead));
-  }
+  Channels(const Tensor& x, int64_t lead)
+      : rows(x.contiguous()), C(c10::multiply_integers(x.sizes().slice(lead))) {}
 };
 
 // Dimensions before the channels.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,9 +41,6 @@ class Difference:
     cells: int
     classes: int
     logits: float
-
-    def to_dict(self) -> dict[str, float | int]:
-        return asdict(self)
 
     def __str__(self) -> str:
         if not self.flipped:
