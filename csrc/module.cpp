@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/common.h"
+#include "bindings/engine.h"
 
 namespace atsnn {
 namespace {
@@ -24,4 +25,5 @@ std::string level_name() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native kernels of atsnn; the operations live in torch.ops.atsnn.";
   m.def("level", &atsnn::level_name, "Instruction set in use: 'avx512', 'avx2' or 'portable'.");
+  atsnn::bind_engine(m);
 }

@@ -1,8 +1,6 @@
 // neuron: LIF, IF, PLIF over dense [T, ...] or packed rows [R, C].
 #include "neuron.h"
 
-#include <cmath>
-
 namespace atsnn {
 namespace {
 
@@ -22,26 +20,18 @@ Surrogate surrogate_of(c10::string_view name) {
 NeuronParams neuron_params(const std::optional<Tensor>& inv_tau, c10::string_view kind, double tau,
                            double v_threshold, std::optional<double> v_reset, bool decay_input,
                            bool detach_reset, c10::string_view surrogate, double alpha) {
-  NeuronParams p;
-  p.v_threshold = v_threshold;
-  p.v_reset = v_reset.value_or(0.0);
-  p.hard_reset = v_reset.has_value();
+  TORCH_CHECK_VALUE(kind == "lif" || kind == "if" || kind == "plif", "neuron: unknown kind '",
+                    std::string(kind), "', must be 'lif', 'if' or 'plif'");
+  TORCH_CHECK_VALUE(kind != "plif" || inv_tau, "neuron: kind='plif' needs inv_tau");
+  const Charge charge = kind == "if"  ? Charge::integrate
+                        : decay_input ? Charge::decay
+                                      : Charge::no_decay;
+  const auto factor =
+      kind == "plif" ? std::optional<double>(inv_tau->item<double>()) : std::nullopt;
+  NeuronParams p = neuron_settings(charge, tau, factor, v_threshold, v_reset);
   p.detach_reset = detach_reset;
   p.surrogate = surrogate_of(surrogate);
   p.alpha = alpha;
-  TORCH_CHECK_VALUE(kind == "lif" || kind == "if" || kind == "plif", "neuron: unknown kind '",
-                    std::string(kind), "', must be 'lif', 'if' or 'plif'");
-  p.charge = kind == "if" ? Charge::integrate : decay_input ? Charge::decay : Charge::no_decay;
-  if (kind == "plif") {
-    TORCH_CHECK_VALUE(inv_tau.has_value(), "neuron: kind='plif' needs inv_tau");
-    p.multiply = true;
-    p.factor = inv_tau->item<double>();
-  } else {
-    int exponent;
-    // Where 1/tau is exact the product and the quotient are the same bits, and a product is faster.
-    p.multiply = std::frexp(tau, &exponent) == 0.5;
-    p.factor = p.multiply ? 1.0 / tau : tau;
-  }
   return p;
 }
 

@@ -12,6 +12,12 @@ void halt_step(const HaltForward& a, float* scratch) {
   for (int64_t b = 0; b < layout.B; ++b) {
     std::fill(so_far, so_far + layout.N, 0.0f);
     std::fill(goes_on, goes_on + layout.N, a.final ? 0.0f : 1.0f);
+    const int64_t present = layout.T ? layout.count(0, b) : 0;
+    for (int64_t r = 0; a.earlier_score && r < present; ++r) {
+      const int64_t token = b * layout.N + layout.token_at(b, r);
+      so_far[r] = a.earlier_score[token];
+      if (a.earlier_stop[token]) goes_on[r] = 0.0f;
+    }
     for (int64_t t = 0; t < layout.T; ++t) {
       const int64_t first = layout.start(t, b), count = layout.count(t, b);
       for (int64_t r = 0; r < count; ++r) {
@@ -25,6 +31,11 @@ void halt_step(const HaltForward& a, float* scratch) {
         a.H_after[row] = after;
         a.active_steps[b * layout.N + layout.token_at(b, r)] += !last;
       }
+    }
+    for (int64_t r = 0; a.earlier_score && r < present; ++r) {
+      const int64_t token = b * layout.N + layout.token_at(b, r);
+      a.earlier_score[token] = so_far[r];
+      a.earlier_stop[token] = goes_on[r] == 0.0f;
     }
   }
 }

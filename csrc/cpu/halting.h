@@ -28,6 +28,10 @@ struct HaltForward {
   uint8_t* last;          // [R], where w is the remainder
   float* H_after;         // [R]
   int64_t* active_steps;  // [B, N], in the next block; 0 for tokens without rows
+  // [B, N] of earlier timesteps, read and written, or null where there are none: the sum of the
+  // scores, and whether the token has stopped.
+  float* earlier_score = nullptr;
+  uint8_t* earlier_stop = nullptr;
 };
 
 struct HaltBackward {

@@ -1,39 +1,9 @@
 // The neuron kernels, written once and compiled for each instruction set (see simd-inl.h).
 
-#include "simd-inl.h"
+#include "neuron_step-inl.h"
 
 namespace atsnn {
 namespace ATSNN_LEVEL {
-
-// ---- the formula, on one vector ---------------------------------------------------------------
-
-template <class A>
-struct Constants {
-  A factor, v_threshold, v_reset, alpha;
-  explicit Constants(const NeuronParams& p)
-      : factor(static_cast<A>(p.factor)),
-        v_threshold(static_cast<A>(p.v_threshold)),
-        v_reset(static_cast<A>(p.v_reset)),
-        alpha(static_cast<A>(p.alpha)) {}
-};
-
-template <Charge charge_kind, bool multiply, class A>
-ATSNN_INLINE vec<A> charge(vec<A> v, vec<A> x, const Constants<A>& c) {
-  if constexpr (charge_kind == Charge::integrate) return v + x;
-  const vec<A> departure = v - c.v_reset;
-  if constexpr (charge_kind == Charge::decay) {
-    const vec<A> drive = x - departure;
-    return v + (multiply ? drive * c.factor : drive / c.factor);
-  } else {
-    return (v - (multiply ? departure * c.factor : departure / c.factor)) + x;
-  }
-}
-
-template <bool hard, class A>
-ATSNN_INLINE vec<A> reset(vec<A> u, const Constants<A>& c) {
-  const vec<A> at_rest = hard ? vec<A>{} + c.v_reset : u - c.v_threshold;
-  return u >= c.v_threshold ? at_rest : u;
-}
 
 // Derivative of the surrogate at z = u - v_threshold.
 template <Surrogate surrogate, class A>

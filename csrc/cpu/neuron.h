@@ -9,8 +9,10 @@
 // Each operation is rounded once, in this order, so every level gives the same bits.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include "layout.h"
@@ -41,6 +43,21 @@ struct NeuronParams {
   Surrogate surrogate;
   double alpha;
 };
+
+// Settings of the forward. The charge is divided by `tau`, or multiplied by `inv_tau` if given.
+inline NeuronParams neuron_settings(Charge charge, double tau, std::optional<double> inv_tau,
+                                    double v_threshold, std::optional<double> v_reset) {
+  NeuronParams p{};
+  p.charge = charge;
+  p.v_threshold = v_threshold;
+  p.v_reset = v_reset.value_or(0.0);
+  p.hard_reset = v_reset.has_value();
+  int exponent;
+  // Where 1/tau is exact the product and the quotient are the same bits, and a product is faster.
+  p.multiply = inv_tau || std::frexp(tau, &exponent) == 0.5;
+  p.factor = inv_tau ? *inv_tau : p.multiply ? 1.0 / tau : tau;
+  return p;
+}
 
 // Tokens keep their rank through time, so the rows of an image are columns, N * C at most, of which
 // the first count(t, b) * C exist at timestep t. A dense [T, ...] tensor is one image of one token.

@@ -4,6 +4,7 @@ from . import compare, functional, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
+from .engine import Engine, EngineState, freeze
 from .layout import TokenLayout
 from .nn.config import SpikformerConfig
 from .nn.model import ATSpikformer, create_model
@@ -14,12 +15,15 @@ __version__ = "0.1.0"
 __all__ = [
     "ATSpikformer",
     "AtsnnError",
+    "Engine",
+    "EngineState",
     "SpikformerConfig",
     "TokenLayout",
     "available_backends",
     "compare",
     "cost",
     "create_model",
+    "freeze",
     "from_pretrained",
     "functional",
     "nn",

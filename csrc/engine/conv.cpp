@@ -1,0 +1,280 @@
+#include "conv.h"
+
+#include <limits>
+
+#include "parallel.h"
+
+namespace atsnn {
+namespace {
+
+constexpr int64_t taps = 9;
+constexpr int64_t strip_rows = 512;
+// Weights of a panel that leave room in the second cache for what else is read.
+constexpr int64_t second_cache_inputs = 1024;
+
+// How the inputs (tap, channel) are divided into tiles: so many taps, or parts of one.
+struct Tiling {
+  int64_t taps_a_tile, part;  // `part`: channels of a tile within a tap, a multiple of 64
+  int64_t parts(int64_t channels) const { return (channels + part - 1) / part; }
+  int64_t tiles(int64_t channels) const { return taps / taps_a_tile * parts(channels); }
+};
+
+Tiling whole_taps(int64_t n, int64_t channels) { return {n, words(channels) * word_bits}; }
+
+Tiling tiling(double rate, int64_t channels) {
+  if (rate >= first_cache_rate) {
+    if (channels > first_cache_inputs) return {1, first_cache_inputs};
+    return whole_taps(3 * channels <= first_cache_inputs ? 3 : 1, channels);
+  }
+  for (int64_t n : {9, 3}) {
+    if (n * channels <= second_cache_inputs) return whole_taps(n, channels);
+  }
+  return whole_taps(1, channels);
+}
+
+// A piece of one image: rows of pixels, and the pixels around them.
+struct Strip {
+  int64_t image, top, bottom;
+};
+
+// Lists the inputs of the pixels of a strip at timesteps [begin, end), pixel by pixel: of bits.
+double list_bits(const ConvLif& a, Strip strip, int64_t begin, int64_t end, ChunkScratch& s,
+                 Lists* lists, Tiling* chosen) {
+  const int64_t W = a.width, stride = words(a.channels), steps = end - begin;
+  const int64_t above = std::max<int64_t>(strip.top - 1, 0);
+  const int64_t below = std::min(strip.bottom + 1, a.height);
+  const int64_t around = (below - above) * W;
+  const auto word_of = [&](int64_t t, int64_t pixel) {
+    return a.bits + (((begin + t) * a.B + strip.image) * a.height * W + pixel) * stride;
+  };
+  if (!lists) {  // first the rate, which decides the tiles
+    int64_t entries = 0;
+    for (int64_t t = 0; t < steps; ++t) {
+      const uint64_t* word = word_of(t, above * W);
+      for (int64_t i = 0; i < around * stride; ++i) entries += count_bits(word[i]);
+    }
+    const int64_t places = around * steps * a.channels;
+    *chosen = tiling(places ? double(entries) / places : 0.0, a.channels);
+    return 0;
+  }
+  const Tiling tile = *chosen;
+  const int64_t parts = tile.parts(a.channels);
+  // The spikes of each pixel, once; a pixel is a neighbour of nine.
+  uint16_t* const part = s.part.data();
+  uint32_t* const found = s.found.data();
+  int64_t n = 0;
+  for (int64_t t = 0; t < steps; ++t) {
+    for (int64_t pixel = 0; pixel < around; ++pixel) {
+      const uint64_t* word = word_of(t, above * W + pixel);
+      for (int64_t c = 0; c < a.channels; c += word_bits) {
+        if (c % tile.part == 0) {
+          found[(t * around + pixel) * parts + c / tile.part] = static_cast<uint32_t>(n);
+        }
+        each_bit(word[c / word_bits], [&](int64_t i) { part[n++] = static_cast<uint16_t>(c + i); });
+      }
+    }
+  }
+  found[steps * around * parts] = static_cast<uint32_t>(n);
+  double input = 0;
+  for (int64_t y = strip.top; y < strip.bottom; ++y) {
+    for (int64_t x = 0; x < W; ++x) {
+      for (int64_t t = 0; t < steps; ++t) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t ny = y + tap / 3 - 1, nx = x + tap % 3 - 1;
+          const bool inside = ny >= 0 && ny < a.height && nx >= 0 && nx < W;
+          const uint32_t* at = found + (inside ? (t * around + (ny - above) * W + nx) * parts : 0);
+          for (int64_t i = 0; i < parts; ++i) {
+            if (inside) lists->append(part + at[i], at[i + 1] - at[i], tap * a.channels);
+            if (tap == 4) input += at[i + 1] - at[i];
+            if ((tap + 1) % tile.taps_a_tile == 0) lists->end_tile();
+          }
+        }
+      }
+    }
+  }
+  return input;
+}
+
+// The same of float images, whose pixels are rarely zero.
+double list_floats(const ConvLif& a, Strip strip, int64_t begin, int64_t end, Lists& lists) {
+  double input = 0;
+  for (int64_t y = strip.top; y < strip.bottom; ++y) {
+    for (int64_t x = 0; x < a.width; ++x) {
+      for (int64_t t = begin; t < end; ++t) {
+        const float* image = a.images + (t * a.B + strip.image) * a.channels * a.height * a.width;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t ny = y + tap / 3 - 1, nx = x + tap % 3 - 1;
+          if (ny < 0 || ny >= a.height || nx < 0 || nx >= a.width) continue;
+          for (int64_t c = 0; c < a.channels; ++c) {
+            const float value = image[(c * a.height + ny) * a.width + nx];
+            if (value != 0) lists.add(tap * a.channels + c, value);
+            if (tap == 4) input += value;
+          }
+        }
+        lists.end_tile();
+      }
+    }
+  }
+  return input;
+}
+
+struct Listing {
+  const ConvLif& a;
+  Tiling tile{taps, 0};
+
+  // `rows` are the pixels of the strip times the timesteps.
+  Lists list(Strip strip, int64_t begin, int64_t end, ChunkScratch& s) {
+    const int64_t rows = (strip.bottom - strip.top) * a.width * (end - begin);
+    if (!a.images) list_bits(a, strip, begin, end, s, nullptr, &tile);
+    Lists lists(s, rows, taps * a.channels, a.images ? 1 : tile.tiles(a.channels),
+                a.images != nullptr);
+    s.counted.input += a.images ? list_floats(a, strip, begin, end, lists)
+                                : list_bits(a, strip, begin, end, s, &lists, &tile);
+    lists.sort();
+    return lists;
+  }
+};
+
+// Memory for strips of so many rows of pixels.
+void reserve(const ConvLif& a, int64_t rows, int64_t steps, ChunkScratch& s) {
+  const int64_t pixels = rows * a.width, around = (rows + 2) * a.width;
+  const int64_t parts = words(a.channels);
+  Lists::reserve(s, pixels * steps, taps * a.channels, taps * parts, a.images != nullptr);
+  if (!a.images) {
+    s.part.reserve(around * steps * a.channels + 16);
+    s.found.reserve(around * steps * parts + 1);
+  }
+  s.first.reserve(pixels + 1);
+  s.row.reserve(pixels * a.T);
+  s.state.reserve(pixels);
+  s.counted = {};
+}
+
+// The columns of pixels [begin, end) of an image of `pixels`, each T timesteps long from `t` on.
+void set_columns(const ConvLif& a, int64_t image, int64_t pixels, int64_t begin, int64_t end,
+                 int64_t from, int64_t steps, ChunkScratch& s) {
+  int32_t* const first = s.first.data();
+  int32_t* const row = s.row.data();
+  int32_t local = 0;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    first[pixel - begin] = local;
+    for (int64_t t = from; t < from + steps; ++t) {
+      row[local++] = static_cast<int32_t>((t * a.B + image) * pixels + pixel);
+    }
+    if (a.state) {
+      s.state.data()[pixel - begin] = a.state + (image * pixels + pixel) * a.map->outputs;
+    }
+  }
+  first[end - begin] = local;
+}
+
+void pool_sums(const float* sums, int64_t height, int64_t width, float* out) {
+  for (int64_t y = 0; y < halved(height); ++y) {
+    for (int64_t x = 0; x < halved(width); ++x, out += panel) {
+      std::fill_n(out, panel, -std::numeric_limits<float>::infinity());
+      for (int64_t ny = std::max<int64_t>(2 * y - 1, 0); ny <= std::min(2 * y + 1, height - 1);
+           ++ny) {
+        for (int64_t nx = std::max<int64_t>(2 * x - 1, 0); nx <= std::min(2 * x + 1, width - 1);
+             ++nx) {
+          const float* in = sums + (ny * width + nx) * panel;
+          for (int64_t c = 0; c < panel; ++c) out[c] = std::max(out[c], in[c]);
+        }
+      }
+    }
+  }
+}
+
+// One item: a panel of an image, timestep by timestep, as pooling needs all pixels.
+void run_pooled(const ConvLif& a, const Kernels& k, int64_t item, ChunkScratch& s) {
+  const PackedLinear& map = *a.map;
+  const int64_t image = item / map.panels(), p = item % map.panels();
+  const int64_t pixels = halved(a.height) * halved(a.width);
+  float* const pooled = s.room.data();
+  float* const membrane = pooled + pixels * panel;
+  const int64_t shown = a.still ? a.T : 1;
+  const double input = s.counted.input;
+  if (!a.state) std::fill_n(membrane, pixels * panel, static_cast<float>(a.neuron.v_reset));
+  for (int64_t t = 0; t < (a.still ? 1 : a.T); ++t) {
+    const Lists lists = Listing{a}.list({image, 0, a.height}, t, t + 1, s);
+    lists.run(k, map.panel_weight(p), map.panel_bias(p), s.acc.data());
+    pool_sums(s.acc.data(), a.height, a.width, pooled);
+    set_columns(a, image, pixels, 0, pixels, t, shown, s);
+    if (!a.state) {
+      for (int64_t i = 0; i < pixels; ++i) s.state.data()[i] = membrane + i * panel;
+    }
+    s.counted.spikes[0] +=
+        k.fire({pooled, a.still, s.first.data(), s.row.data(), pixels, a.out + p, map.panels(),
+                map.valid.data()[p], s.state.data(), a.state ? p * panel : 0},
+               a.neuron);
+  }
+  if (p > 0) s.counted.input = input;  // counted once
+}
+
+// One item: a strip of an image, all timesteps and panels.
+void run_strip(const ConvLif& a, const Kernels& k, Strip strip, ChunkScratch& s) {
+  const PackedLinear& map = *a.map;
+  const int64_t begin = strip.top * a.width, end = strip.bottom * a.width;
+  const Lists lists = Listing{a}.list(strip, 0, a.still ? 1 : a.T, s);
+  set_columns(a, strip.image, a.height * a.width, begin, end, 0, a.T, s);
+  for (int64_t p = 0; p < map.panels(); ++p) {
+    lists.run(k, map.panel_weight(p), map.panel_bias(p), s.acc.data());
+    s.counted.spikes[0] +=
+        k.fire({s.acc.data(), a.still, s.first.data(), s.row.data(), end - begin, a.out + p,
+                map.panels(), map.valid.data()[p], a.state ? s.state.data() : nullptr, p * panel},
+               a.neuron);
+  }
+}
+
+}  // namespace
+
+Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratch>& scratch) {
+  const int threads = static_cast<int>(scratch.size());
+  if (a.B == 0 || a.T == 0) return {};
+  if (a.pool) {
+    const int64_t pixels = halved(a.height) * halved(a.width);
+    for (ChunkScratch& s : scratch) {
+      reserve(a, a.height, 1, s);
+      s.room.reserve(2 * pixels * panel);
+    }
+    parallel(threads, a.B * a.map->panels(),
+             [&](int64_t item, int thread) { run_pooled(a, k, item, scratch[thread]); });
+  } else {
+    const int64_t steps = a.still ? 1 : a.T;
+    int64_t rows = std::clamp<int64_t>(strip_rows / (a.width * steps), 1, a.height);
+    if (a.B < threads) rows = std::min(rows, (a.height + threads - 1) / threads);
+    const int64_t strips = (a.height + rows - 1) / rows;
+    for (ChunkScratch& s : scratch) reserve(a, rows, steps, s);
+    parallel(threads, a.B * strips, [&](int64_t item, int thread) {
+      const int64_t top = item % strips * rows;
+      run_strip(a, k, {item / strips, top, std::min(top + rows, a.height)}, scratch[thread]);
+    });
+  }
+  Counted counted;
+  for (const ChunkScratch& s : scratch) counted += s.counted;
+  return counted;
+}
+
+void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width, int64_t stride,
+               uint64_t* out, int threads) {
+  const int64_t h = halved(height), w = halved(width);
+  parallel(threads, maps, [&](int64_t map, int) {
+    const uint64_t* in = bits + map * height * width * stride;
+    uint64_t* to = out + map * h * w * stride;
+    for (int64_t y = 0; y < h; ++y) {
+      const int64_t top = std::max<int64_t>(2 * y - 1, 0), bottom = std::min(2 * y + 1, height - 1);
+      for (int64_t x = 0; x < w; ++x, to += stride) {
+        const int64_t left = std::max<int64_t>(2 * x - 1, 0),
+                      right = std::min(2 * x + 1, width - 1);
+        std::fill_n(to, stride, uint64_t(0));
+        for (int64_t ny = top; ny <= bottom; ++ny) {
+          for (int64_t nx = left; nx <= right; ++nx) {
+            const uint64_t* from = in + (ny * width + nx) * stride;
+            for (int64_t i = 0; i < stride; ++i) to[i] |= from[i];
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace atsnn

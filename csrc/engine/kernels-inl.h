@@ -1,0 +1,293 @@
+// The engine's kernels, written once and compiled for each instruction set (see simd-inl.h).
+
+#include "../cpu/neuron_step-inl.h"
+
+namespace atsnn {
+namespace ATSNN_LEVEL {
+namespace {
+
+// ---- linear -------------------------------------------------------------------------------------
+
+// Vectors of a panel whose sums are kept in registers at a time.
+constexpr int panel_vectors = panel / Simd<float>::width;
+constexpr int together = panel_vectors < 8 ? panel_vectors : 8;
+
+template <bool weighted>
+void add_rows_of(const AddRows& a) {
+  constexpr int64_t width = Simd<float>::width;
+  for (int64_t j = 0; j < a.num_jobs; ++j) {
+    const Job job = a.jobs[j];
+    const uint16_t* index = a.index + job.entry;
+    const float* value = weighted ? a.value + job.entry : nullptr;
+    for (int part = 0; part < panel_vectors; part += together) {
+      float* const acc = a.acc + job.row * panel + part * width;
+      const float* const from = a.bias ? a.bias + part * width : acc;
+      const float* const weight = a.weight + part * width;
+      vec<float> sum[together];
+      for (int i = 0; i < together; ++i) sum[i] = load(from + i * width);
+      for (int64_t e = 0; e < job.count; ++e) {
+        const float* w = weight + int64_t(index[e]) * panel;
+        if constexpr (weighted) {
+          // A product rounded on its own: where the value is 1 it is the weight itself.
+          const vec<float> x = vec<float>{} + value[e];
+          for (int i = 0; i < together; ++i) sum[i] += x * load(w + i * width);
+        } else {
+          for (int i = 0; i < together; ++i) sum[i] += load(w + i * width);
+        }
+      }
+      for (int i = 0; i < together; ++i) store(acc + i * width, sum[i]);
+    }
+  }
+}
+
+void add_rows(const AddRows& a) { a.value ? add_rows_of<true>(a) : add_rows_of<false>(a); }
+
+// ---- neurons ------------------------------------------------------------------------------------
+
+template <Charge kind, bool multiply, bool hard>
+int64_t fire_columns(const Fire& a, const NeuronParams& p) {
+  const Constants<float> c(p);
+  constexpr int64_t width = Simd<float>::width;
+  int64_t spikes = 0;
+  for (int64_t col = 0; col < a.columns; ++col) {
+    float* const state = a.state ? a.state[col] + a.state_offset : nullptr;
+    for (int part = 0; part < panel_vectors; part += together) {
+      const uint64_t valid = a.valid >> (part * width);
+      if (!valid) continue;
+      const int64_t channels = std::min<int64_t>(count_bits(valid), together * width);
+      float room[together * width] = {};
+      vec<float> v[together];
+      if (state) {
+        std::memcpy(room, state + part * width, channels * sizeof(float));
+        for (int i = 0; i < together; ++i) v[i] = load(room + i * width);
+      } else {
+        for (int i = 0; i < together; ++i) v[i] = vec<float>{} + c.v_reset;
+      }
+      for (int32_t step = a.first[col]; step < a.first[col + 1]; ++step) {
+        const float* x = a.acc + (a.still ? col : step) * panel + part * width;
+        uint64_t word = 0;
+        for (int i = 0; i < together; ++i) {
+          const vec<float> u = charge<kind, multiply>(v[i], load(x + i * width), c);
+          word |= uint64_t(fired(u, c.v_threshold)) << (i * width);
+          v[i] = reset<hard>(u, c);
+        }
+        word &= valid;
+        uint64_t& out = a.spikes[int64_t(a.row[step]) * a.stride];
+        out = part == 0 ? word : out | word << (part * width);
+        spikes += count_bits(word);
+      }
+      if (state) {
+        for (int i = 0; i < together; ++i) store(room + i * width, v[i]);
+        std::memcpy(state + part * width, room, channels * sizeof(float));
+      }
+    }
+  }
+  return spikes;
+}
+
+template <class F>
+int64_t with_neuron(const NeuronParams& p, F f) {
+  using std::bool_constant;
+  const auto with_reset = [&](auto kind, auto multiply) {
+    return p.hard_reset ? f(kind, multiply, bool_constant<true>{})
+                        : f(kind, multiply, bool_constant<false>{});
+  };
+  const auto with_factor = [&](auto kind) {
+    return p.multiply ? with_reset(kind, bool_constant<true>{})
+                      : with_reset(kind, bool_constant<false>{});
+  };
+  switch (p.charge) {
+    case Charge::integrate:
+      return with_reset(std::integral_constant<Charge, Charge::integrate>{}, bool_constant<true>{});
+    case Charge::decay:
+      return with_factor(std::integral_constant<Charge, Charge::decay>{});
+    default:
+      return with_factor(std::integral_constant<Charge, Charge::no_decay>{});
+  }
+}
+
+int64_t fire(const Fire& a, const NeuronParams& p) {
+  return with_neuron(p, [&](auto kind, auto multiply, auto hard) {
+    return fire_columns<kind.value, multiply.value, hard.value>(a, p);
+  });
+}
+
+// ---- attention ----------------------------------------------------------------------------------
+
+// Word `i` of the bits offset .. offset + n of a row.
+ATSNN_INLINE uint64_t bits_at(const uint64_t* row, int64_t offset, int64_t n, int64_t i) {
+  const int64_t at = offset + i * word_bits, word = at / word_bits, shift = at % word_bits;
+  const int64_t left = std::min(n - i * word_bits, word_bits);
+  uint64_t bits = row[word] >> shift;
+  if (shift && left > word_bits - shift) bits |= row[word + 1] << (word_bits - shift);
+  return bits & valid_bits(left, 0);
+}
+
+// 0 or `one` for each bit of the n channels from a bit offset on.
+ATSNN_INLINE void spread(const uint64_t* row, int64_t offset, int64_t n, float one, float* out) {
+  constexpr int64_t width = Simd<float>::width;
+  for (int64_t i = 0; i < words(n); ++i) {
+    const uint64_t bits = bits_at(row, offset, n, i);
+    const int64_t left = std::min(n - i * word_bits, word_bits);
+    for (int64_t c = 0; c < left; c += width) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+      store(out + i * word_bits + c,
+            (vec<float>)_mm512_maskz_mov_ps(__mmask16(bits >> c), _mm512_set1_ps(one)));
+#else
+      for (int64_t k = 0; k < width; ++k) {
+        out[i * word_bits + c + k] = (bits >> (c + k)) & 1 ? one : 0.0f;
+      }
+#endif
+    }
+  }
+}
+
+// Accumulators in integers below 2^24, exact in float32 in any order.
+template <Charge kind, bool multiply, bool hard>
+int64_t attend_heads(const Attend& a, const NeuronParams& p, int64_t image, int64_t first_head,
+                     int64_t heads, float* scratch) {
+  const Constants<float> c(p);
+  constexpr int64_t width = Simd<float>::width;
+  const int64_t d = a.C / a.heads, wide = padded<float>(d), tokens = a.layout.N;
+  float* const kv = scratch;           // [d, wide]
+  float* const v_row = kv + d * wide;  // [wide]
+  float* const sum = v_row + wide;     // [wide]
+  float* const membrane = sum + wide;  // [tokens, wide]
+  const int64_t group_word = first_head * d / word_bits;
+  const int64_t group_words = words(first_head * d + heads * d) - group_word;
+  int64_t spikes = 0;
+  for (int64_t t = 0; t < a.layout.T; ++t) {
+    const int64_t first = a.layout.start(t, image);
+    for (int64_t r = 0; r < a.layout.count(t, image); ++r) {
+      std::fill_n(a.out + (first + r) * a.out_stride + group_word, group_words, uint64_t(0));
+    }
+  }
+  for (int64_t head = first_head; head < first_head + heads; ++head) {
+    const int64_t offset = head * d;
+    const int64_t present = a.layout.T ? a.layout.count(0, image) : 0;
+    for (int64_t r = 0; r < present; ++r) {
+      float* v = membrane + r * wide;
+      std::fill_n(v, wide, c.v_reset);
+      if (a.state) {
+        const int64_t token = image * tokens + a.layout.token_at(image, r);
+        std::memcpy(v, a.state + token * a.C + offset, d * sizeof(float));
+      }
+    }
+    for (int64_t t = 0; t < a.layout.T; ++t) {
+      const int64_t first = a.layout.start(t, image), n = a.layout.count(t, image);
+      if (n == 0) break;
+      std::fill_n(kv, d * wide, 0.0f);
+      for (int64_t r = 0; r < n; ++r) {
+        const uint64_t* k = a.k + (first + r) * a.in_stride;
+        bool spread_yet = false;
+        for (int64_t i = 0; i < words(d); ++i) {
+          const uint64_t bits = bits_at(k, offset, d, i);
+          if (!bits) continue;
+          if (!spread_yet) {
+            const float size =
+                a.sizes ? a.sizes[image * tokens + a.layout.token_at(image, r)] : 1.0f;
+            spread(a.v + (first + r) * a.in_stride, offset, d, size, v_row);
+            spread_yet = true;
+          }
+          each_bit(bits, [&](int64_t bit) {
+            float* row = kv + (i * word_bits + bit) * wide;
+            for (int64_t j = 0; j < d; j += width) {
+              store(row + j, load(row + j) + load(v_row + j));
+            }
+          });
+        }
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        const uint64_t* q = a.q + (first + r) * a.in_stride;
+        std::fill_n(sum, wide, 0.0f);
+        for (int64_t i = 0; i < words(d); ++i) {
+          each_bit(bits_at(q, offset, d, i), [&](int64_t bit) {
+            const float* row = kv + (i * word_bits + bit) * wide;
+            for (int64_t j = 0; j < d; j += width) store(sum + j, load(sum + j) + load(row + j));
+          });
+        }
+        float* v = membrane + r * wide;
+        uint64_t* out = a.out + (first + r) * a.out_stride;
+        for (int64_t j = 0; j < d; j += width) {
+          const vec<float> u = charge<kind, multiply>(load(v + j), load(sum + j) * a.scale, c);
+          const uint64_t word = fired(u, c.v_threshold) & valid_bits(d - j, 0);
+          store(v + j, reset<hard>(u, c));
+          const int64_t at = offset + j, shift = at % word_bits;
+          out[at / word_bits] |= word << shift;
+          if (shift && word >> (word_bits - shift)) {
+            out[at / word_bits + 1] |= word >> (word_bits - shift);
+          }
+          spikes += count_bits(word);
+        }
+      }
+    }
+    for (int64_t r = 0; a.state && r < present; ++r) {
+      const int64_t token = image * tokens + a.layout.token_at(image, r);
+      std::memcpy(a.state + token * a.C + offset, membrane + r * wide, d * sizeof(float));
+    }
+  }
+  return spikes;
+}
+
+int64_t attend(const Attend& a, const NeuronParams& p, int64_t image, int64_t first_head,
+               int64_t heads, float* scratch) {
+  return with_neuron(p, [&](auto kind, auto multiply, auto hard) {
+    return attend_heads<kind.value, multiply.value, hard.value>(a, p, image, first_head, heads,
+                                                                scratch);
+  });
+}
+
+// ---- what is not zero ---------------------------------------------------------------------------
+
+uint64_t nonzero_bytes(const uint8_t* x, int64_t n) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  const __mmask64 lanes = valid_bits(n, 0);
+  const __m512i v = _mm512_maskz_loadu_epi8(lanes, x);
+  return _mm512_test_epi8_mask(v, v);
+#else
+  uint64_t bits = 0;
+  int64_t i = 0;
+#if defined(__x86_64__)
+  for (; i + 16 <= n; i += 16) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    const uint32_t zero = _mm_movemask_epi8(_mm_cmpeq_epi8(v, _mm_setzero_si128()));
+    bits |= uint64_t(~zero & 0xffff) << i;
+  }
+#endif
+  for (; i < n; ++i) bits |= uint64_t(x[i] != 0) << i;
+  return bits;
+#endif
+}
+
+uint64_t nonzero_floats(const float* x, int64_t n) {
+  constexpr int64_t width = Simd<float>::width;
+  uint64_t bits = 0;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) bits |= uint64_t(differs(load(x + i), 0.0f)) << i;
+  for (; i < n; ++i) bits |= uint64_t(x[i] != 0) << i;
+  return bits;
+}
+
+}  // namespace
+
+#define ATSNN_KERNELS_(LEVEL) LEVEL##_kernels
+#define ATSNN_KERNELS(LEVEL) ATSNN_KERNELS_(LEVEL)
+#define ATSNN_NAME_(LEVEL) #LEVEL
+#define ATSNN_NAME(LEVEL) ATSNN_NAME_(LEVEL)
+
+}  // namespace ATSNN_LEVEL
+
+const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
+    ATSNN_NAME(ATSNN_LEVEL),
+    ATSNN_LEVEL::add_rows,
+    ATSNN_LEVEL::fire,
+    ATSNN_LEVEL::attend,
+    ATSNN_LEVEL::nonzero_bytes,
+    ATSNN_LEVEL::nonzero_floats,
+    ATSNN_LEVEL::scores_forward<float>,
+    ATSNN_LEVEL::readout_forward<float>,
+    ATSNN_LEVEL::combine_rows<float>,
+    ATSNN_LEVEL::dots<float>,
+};
+
+}  // namespace atsnn

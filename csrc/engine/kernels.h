@@ -1,0 +1,87 @@
+// The kernels of the engine, one table for each instruction set. All levels give the same bits:
+// every operation is elementwise and rounded once, in an order that a row's own bits decide.
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/layout.h"
+#include "../cpu/merging.h"
+#include "../cpu/neuron.h"
+#include "../cpu/rows.h"
+#include "spikes.h"
+
+namespace atsnn {
+
+constexpr int64_t panel = word_bits;  // output channels of a panel: those of a word of spikes
+
+// A row of the accumulators and the inputs to be added to it: entries entry .. entry + count.
+struct Job {
+  uint32_t entry, count, row;
+};
+
+// acc[row] = from + sum over the entries of value * weight[index], [rows, panel]; `from` is the
+// bias, or acc itself where that is null. Entries are added in order, one after the other.
+struct AddRows {
+  const float* weight;    // [K, panel]
+  const uint16_t* index;  // below K
+  const float* value;     // null: all 1
+  const Job* jobs;
+  int64_t num_jobs;
+  const float* bias;  // [panel], or null
+  float* acc;         // [rows, panel]
+};
+
+// Neurons over the timesteps of columns: a column is 64 channels of one token. Column i has the
+// timesteps first[i] .. first[i + 1], each with a row of `acc` (where `still`, row i for all of
+// them), and writes one word at each: spikes[row[step] * stride].
+struct Fire {
+  const float* acc;
+  bool still;
+  const int32_t *first, *row;
+  int64_t columns;
+  uint64_t* spikes;
+  int64_t stride;
+  uint64_t valid;        // channels that exist
+  float* const* state;   // of each column, `valid` channels, read and written; null: at rest
+  int64_t state_offset;  // where this panel begins in it
+};
+
+// Spiking attention of the heads of one image, in bits: see spiking_attention in
+// src/atsnn/reference.py, followed by neurons. Rows are those of `layout`.
+struct Attend {
+  const uint64_t *q, *k, *v;  // rows `in_stride` words apart
+  int64_t in_stride;
+  uint64_t* out;  // rows `out_stride` words apart; words of the heads at hand are overwritten
+  int64_t out_stride;
+  const float* sizes;  // [B, N] in token order, or null: all 1
+  Layout layout;
+  int64_t C, heads;
+  float scale;
+  float* state;  // [B, N, C] in token order, read and written; null: at rest
+};
+
+// Heads that share no word of spikes with others: gcd(d, 64) divides so many.
+int64_t heads_together(int64_t head_dim);
+// Floats of scratch for one image of at most `tokens` tokens.
+int64_t attend_scratch(int64_t tokens, int64_t head_dim);
+
+struct Kernels {
+  const char* name;
+  void (*add_rows)(const AddRows&);
+  // Returns the number of spikes.
+  int64_t (*fire)(const Fire&, const NeuronParams&);
+  int64_t (*attend)(const Attend&, const NeuronParams&, int64_t image, int64_t first_head,
+                    int64_t heads, float* scratch);
+  // Bit i is set where byte or float i of n <= 64 is not zero.
+  uint64_t (*nonzero_bytes)(const uint8_t* x, int64_t n);
+  uint64_t (*nonzero_floats)(const float* x, int64_t n);
+  // The row kernels that the operators run too (rows.h).
+  void (*scores)(const Scores<float>&, float* h, int64_t begin, int64_t end);
+  void (*readout)(const Readout<float>&, double* out, int64_t begin, int64_t end);
+  void (*combine_rows)(const CombineRows<float>&, int64_t begin, int64_t end);
+  Dots<float> dots;
+};
+
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
+
+}  // namespace atsnn

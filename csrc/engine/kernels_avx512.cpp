@@ -1,0 +1,21 @@
+// Every header comes before the target is raised: an inline function of the standard library
+// compiled for AVX-512 here could otherwise be the copy the linker keeps for everybody.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <type_traits>
+
+#include "../cpu/attention.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include "../cpu/target_avx512.h"
+#define ATSNN_LEVEL avx512
+#define ATSNN_VECTOR_BYTES 64
+#include "../cpu/target_end.h"
+#include "kernels-inl.h"
+#endif

@@ -1,0 +1,230 @@
+#include "linear.h"
+
+#include <cmath>
+
+#include "parallel.h"
+
+namespace atsnn {
+
+namespace {
+
+constexpr int64_t chunk_rows = 256;  // their sums, 64 KB, stay in the second cache
+constexpr int64_t append_room = 16;
+
+}  // namespace
+
+PackedLinear::PackedLinear(const float* w, const float* b, int64_t outputs_, int64_t inputs_)
+    : inputs(inputs_), outputs(outputs_) {
+  float* to = weight.reserve_zeros(panels() * inputs * panel);
+  float* at = bias.reserve_zeros(panels() * panel);
+  uint64_t* exist = valid.reserve(panels());
+  for (int64_t p = 0; p < panels(); ++p) exist[p] = valid_bits(outputs, p);
+  for (int64_t o = 0; o < outputs; ++o) {
+    float* column = to + o / panel * inputs * panel + o % panel;
+    for (int64_t i = 0; i < inputs; ++i) column[i * panel] = w[o * inputs + i];
+    if (b) at[o] = b[o];
+  }
+}
+
+PackedLinear beside(const std::vector<const PackedLinear*>& maps) {
+  PackedLinear all;
+  all.inputs = maps.front()->inputs;
+  int64_t panels = 0;
+  for (const PackedLinear* m : maps) panels += m->panels();
+  all.outputs = panels * panel;
+  float* w = all.weight.reserve(panels * all.inputs * panel);
+  float* b = all.bias.reserve(panels * panel);
+  uint64_t* exist = all.valid.reserve(panels);
+  for (const PackedLinear* m : maps) {
+    w = std::copy_n(m->weight.data(), m->panels() * m->inputs * panel, w);
+    b = std::copy_n(m->bias.data(), m->panels() * panel, b);
+    exist = std::copy_n(m->valid.data(), m->panels(), exist);
+  }
+  return all;
+}
+
+void Columns::set(const Layout& layout) {
+  const int64_t most = layout.B * layout.N;
+  Column* column = column_.reserve(most);
+  int64_t* first = first_.reserve(most + 1);
+  size_ = 0;
+  first[0] = 0;
+  for (int64_t b = 0; b < layout.B; ++b) {
+    int64_t steps = layout.T;
+    for (int64_t r = 0; layout.T && r < layout.count(0, b); ++r) {
+      while (layout.count(steps - 1, b) <= r) --steps;
+      column[size_] = {static_cast<int32_t>(b), static_cast<int32_t>(r),
+                       static_cast<int32_t>(steps)};
+      first[size_ + 1] = first[size_] + steps;
+      ++size_;
+    }
+  }
+}
+
+int64_t Columns::chunk_begin(int64_t i, int64_t chunks) const {
+  const int64_t* first = first_.data();
+  const int64_t row = first[size_] / chunks * i + first[size_] % chunks * i / chunks;
+  return std::lower_bound(first, first + size_, row) - first;
+}
+
+void Lists::reserve(ChunkScratch& s, int64_t rows, int64_t inputs, int64_t tiles, bool weighted) {
+  s.index.reserve(rows * inputs + append_room);
+  if (weighted) s.value.reserve(rows * inputs);
+  s.jobs.reserve(rows * tiles);
+  s.sorted.reserve(rows * tiles);
+  s.histogram.reserve(inputs + 2);
+  s.acc.reserve(rows * panel);
+}
+
+Lists::Lists(ChunkScratch& s, int64_t rows, int64_t inputs, int64_t tiles, bool weighted)
+    : scratch_(s), rows_(rows), tiles_(tiles), weighted_(weighted) {
+  reserve(s, rows, inputs, tiles, weighted);
+  index_ = s.index.data();
+  value_ = s.value.data();
+  jobs_ = s.jobs.data();
+  sorted_ = s.sorted.data();
+}
+
+void Lists::sort() {
+  int32_t* const at = scratch_.histogram.data();
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    const Job* jobs = jobs_ + tile * rows_;
+    Job* sorted = sorted_ + tile * rows_;
+    int64_t most = 0;
+    for (int64_t r = 0; r < rows_; ++r) most = std::max<int64_t>(most, jobs[r].count);
+    std::fill_n(at, most + 2, 0);
+    for (int64_t r = 0; r < rows_; ++r) ++at[jobs[r].count + 1];
+    for (int64_t c = 0; c <= most; ++c) at[c + 1] += at[c];
+    for (int64_t r = 0; r < rows_; ++r) sorted[at[jobs[r].count]++] = jobs[r];
+  }
+}
+
+void Lists::run(const Kernels& k, const float* weight, const float* bias, float* acc) const {
+  for (int64_t tile = 0; tile < tiles_; ++tile) {
+    const Job* jobs = sorted_ + tile * rows_;
+    int64_t n = rows_;
+    // The first tile starts every sum; later ones pass over the rows without entries.
+    if (tile > 0) {
+      const Job* some = std::lower_bound(
+          jobs, jobs + rows_, 1u, [](const Job& j, uint32_t least) { return j.count < least; });
+      n -= some - jobs;
+      jobs = some;
+    }
+    k.add_rows(
+        {weight, index_, weighted_ ? value_ : nullptr, jobs, n, tile == 0 ? bias : nullptr, acc});
+  }
+}
+
+namespace {
+
+// Inputs of a row that are not zero.
+int64_t count_row(const RowInput& in, int64_t row, const Kernels& k) {
+  int64_t count = 0;
+  for (int64_t c = 0; c < in.channels; c += word_bits) {
+    const int64_t n = std::min(word_bits, in.channels - c);
+    count += count_bits(in.bits     ? in.bits[row * in.stride + c / word_bits]
+                        : in.counts ? k.nonzero_bytes(in.counts + row * in.channels + c, n)
+                                    : k.nonzero_floats(in.values + row * in.channels + c, n));
+  }
+  return count;
+}
+
+// Lists the inputs of one row; `tile` is a multiple of 64.
+double list_row(const RowInput& in, int64_t row, int64_t tile, const Kernels& k, Lists& lists) {
+  const int64_t C = in.channels;
+  double sum = 0;
+  if (in.bits) {
+    const int64_t before = lists.entries();
+    const uint64_t* word = in.bits + row * in.stride;
+    for (int64_t c = 0; c < C; c += word_bits) {
+      each_bit(word[c / word_bits], [&](int64_t i) { lists.add(c + i); });
+      if ((c + word_bits) % tile == 0 || c + word_bits >= C) lists.end_tile();
+    }
+    return lists.entries() - before;
+  }
+  for (int64_t c = 0; c < C; c += word_bits) {
+    const int64_t n = std::min(word_bits, C - c);
+    if (in.counts) {
+      const uint8_t* x = in.counts + row * C + c;
+      int64_t total = 0;
+      each_bit(k.nonzero_bytes(x, n), [&](int64_t i) {
+        lists.add(c + i, x[i]);
+        total += x[i];
+      });
+      sum += total;
+    } else {
+      const float* x = in.values + row * C + c;
+      each_bit(k.nonzero_floats(x, n), [&](int64_t i) {
+        lists.add(c + i, x[i]);
+        sum += x[i];
+      });
+    }
+    if ((c + word_bits) % tile == 0 || c + word_bits >= C) lists.end_tile();
+  }
+  return sum;
+}
+
+}  // namespace
+
+Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkScratch>& scratch) {
+  const Columns& columns = *a.columns;
+  const PackedLinear& map = *a.map;
+  const int threads = static_cast<int>(scratch.size());
+  const int64_t rows = a.layout.rows(), C = a.in.channels;
+  if (columns.size() == 0) return {};
+  int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  chunks = std::min((chunks + threads - 1) / threads * threads, columns.size());
+  const int64_t most_tiles =
+      std::max<int64_t>((C + first_cache_inputs - 1) / first_cache_inputs, 1);
+  const bool weighted = !a.in.bits;
+  // A chunk ends with a whole token.
+  const int64_t most_rows = (rows + chunks - 1) / chunks + a.layout.T;
+  for (ChunkScratch& s : scratch) {
+    Lists::reserve(s, most_rows, C, most_tiles, weighted);
+    s.first.reserve(most_rows + 1);
+    s.row.reserve(most_rows);
+    s.state.reserve(most_rows);
+    s.counted = {};
+  }
+  parallel(threads, chunks, [&](int64_t chunk, int thread) {
+    ChunkScratch& s = scratch[thread];
+    const int64_t begin = columns.chunk_begin(chunk, chunks);
+    const int64_t end = columns.chunk_begin(chunk + 1, chunks);
+    if (begin == end) return;
+    const int64_t n = columns.rows_before(end) - columns.rows_before(begin);
+    int32_t* const first = s.first.data();
+    int32_t* const row = s.row.data();
+    int64_t local = 0, entries = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [image, rank, steps] = columns[i];
+      first[i - begin] = static_cast<int32_t>(local);
+      if (a.state) {
+        s.state.data()[i - begin] =
+            a.state + (image * a.layout.N + a.layout.token_at(image, rank)) * map.outputs;
+      }
+      for (int64_t t = 0; t < steps; ++t, ++local) {
+        row[local] = static_cast<int32_t>(a.layout.start(t, image) + rank);
+        entries += count_row(a.in, row[local], k);
+      }
+    }
+    first[end - begin] = static_cast<int32_t>(local);
+    const bool tiled = entries > first_cache_rate * n * C;
+    const int64_t tile = tiled ? first_cache_inputs : words(C) * word_bits;
+    Lists lists(s, n, C, tiled ? most_tiles : 1, weighted);
+    for (int64_t i = 0; i < n; ++i) s.counted.input += list_row(a.in, row[i], tile, k, lists);
+    lists.sort();
+    float* const acc = s.acc.data();
+    for (int64_t p = 0; p < map.panels(); ++p) {
+      lists.run(k, map.panel_weight(p), map.panel_bias(p), acc);
+      s.counted.spikes[p * a.groups / map.panels()] +=
+          k.fire({acc, false, first, row, end - begin, a.out + p, map.panels(), map.valid.data()[p],
+                  a.state ? s.state.data() : nullptr, p * panel},
+                 a.neuron);
+    }
+  });
+  Counted counted;
+  for (const ChunkScratch& s : scratch) counted += s.counted;
+  return counted;
+}
+
+}  // namespace atsnn

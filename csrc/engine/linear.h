@@ -1,0 +1,163 @@
+// Linear map, then neurons over the timesteps: bits in, bits out, no float activation written.
+//
+// For each row the weight rows of its non-zero inputs are added, in ascending order, to sums that
+// start from the bias; so a row's sums depend on its own inputs alone. Rows are taken in chunks of
+// whole tokens, outputs in panels of 64, inputs in tiles that stay in the first cache.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace atsnn {
+
+// Weights for adding rows: for each panel of 64 outputs [K, 64], zeros past the last output.
+struct PackedLinear {
+  int64_t inputs = 0, outputs = 0;
+  Buffer<float> weight;    // [panels, K, 64]
+  Buffer<float> bias;      // [panels, 64]
+  Buffer<uint64_t> valid;  // [panels], the outputs that exist
+
+  PackedLinear() = default;
+  // weight [outputs, inputs], bias [outputs] or null.
+  PackedLinear(const float* weight, const float* bias, int64_t outputs, int64_t inputs);
+  int64_t panels() const { return words(outputs); }
+  const float* panel_weight(int64_t p) const { return weight.data() + p * inputs * panel; }
+  const float* panel_bias(int64_t p) const { return bias.data() + p * panel; }
+};
+
+// Several maps of one input side by side: the outputs of each begin at a panel.
+PackedLinear beside(const std::vector<const PackedLinear*>& maps);
+
+// A linear map and the neurons behind it.
+struct SpikeLayer {
+  PackedLinear map;
+  NeuronParams neuron;
+};
+
+// Inputs of a kernel are 16-bit indices.
+constexpr int64_t most_inputs = (1 << 16) - 1;
+
+// Rows of inputs, in one of three forms.
+struct RowInput {
+  int64_t channels;
+  const uint64_t* bits = nullptr;   // rows `stride` words apart
+  const uint8_t* counts = nullptr;  // [R, channels]
+  const float* values = nullptr;    // [R, channels]
+  int64_t stride = 0;
+};
+
+// A token and the timesteps it is active for.
+struct Column {
+  int32_t image, rank, steps;
+};
+
+// The active tokens of a layout in the order of images and ranks.
+class Columns {
+ public:
+  void set(const Layout& layout);
+  int64_t size() const { return size_; }
+  const Column& operator[](int64_t i) const { return column_.data()[i]; }
+  // Rows of the columns before i.
+  int64_t rows_before(int64_t i) const { return first_.data()[i]; }
+  // The first column of chunk `i` of `chunks` of about as many rows each.
+  int64_t chunk_begin(int64_t i, int64_t chunks) const;
+
+ private:
+  int64_t size_ = 0;
+  Buffer<Column> column_;
+  Buffer<int64_t> first_;
+};
+
+// What a layer counted.
+struct Counted {
+  double input = 0;               // sum of its inputs
+  int64_t spikes[3] = {0, 0, 0};  // of its outputs, by group
+
+  Counted& operator+=(const Counted& other) {
+    input += other.input;
+    for (int i = 0; i < 3; ++i) spikes[i] += other.spikes[i];
+    return *this;
+  }
+};
+
+// What a thread needs to run a chunk.
+struct ChunkScratch {
+  Buffer<uint16_t> index;
+  Buffer<float> value;
+  Buffer<Job> jobs, sorted;
+  Buffer<float> acc, room;
+  Buffer<int32_t> first, row, histogram;
+  Buffer<float*> state;
+  Buffer<uint64_t> gate;
+  Buffer<uint32_t> found;  // where lists begin that are put together (conv.cpp)
+  Buffer<uint16_t> part;
+  Counted counted;
+};
+
+// Jobs of the rows of a chunk, tile by tile of the inputs.
+class Lists {
+ public:
+  Lists(ChunkScratch& scratch, int64_t rows, int64_t inputs, int64_t tiles, bool weighted);
+  static void reserve(ChunkScratch& scratch, int64_t rows, int64_t inputs, int64_t tiles,
+                      bool weighted);
+  // Entries of the row at hand, in ascending order of the index.
+  void add(int64_t index) { index_[n_++] = static_cast<uint16_t>(index); }
+  void add(int64_t index, float value) {
+    value_[n_] = value;
+    index_[n_++] = static_cast<uint16_t>(index);
+  }
+  // Entries from another list, each index moved by `shift`; up to 16 more elements are touched.
+  void append(const uint16_t* from, int64_t count, int64_t shift) {
+    for (int64_t e = 0; e < count; e += 16) {
+      for (int64_t i = 0; i < 16; ++i) {
+        index_[n_ + e + i] = static_cast<uint16_t>(from[e + i] + shift);
+      }
+    }
+    n_ += count;
+  }
+  void end_tile() {
+    jobs_[tile_ * rows_ + row_] = {static_cast<uint32_t>(begin_),
+                                   static_cast<uint32_t>(n_ - begin_), static_cast<uint32_t>(row_)};
+    begin_ = n_;
+    if (++tile_ == tiles_) tile_ = 0, ++row_;
+  }
+  int64_t entries() const { return n_; }
+  // Adds all rows into `acc [rows, 64]` for one panel.
+  void run(const Kernels& k, const float* weight, const float* bias, float* acc) const;
+  // Sorts the jobs of each tile by their number of entries: loops of equal length follow each
+  // other, and the processor foresees where they end. To be called once all rows are listed.
+  void sort();
+
+ private:
+  ChunkScratch& scratch_;
+  uint16_t* index_;
+  float* value_;
+  Job *jobs_, *sorted_;
+  int64_t rows_, tiles_;
+  bool weighted_;
+  int64_t n_ = 0, begin_ = 0, row_ = 0, tile_ = 0;
+};
+
+// Inputs of a tile of weights that stays in the first cache, and the share of inputs that are not
+// zero from which it pays: where there is little to add, reading weights from the second cache
+// costs less than visiting the sums often.
+constexpr int64_t first_cache_inputs = 128;
+constexpr double first_cache_rate = 0.06;
+
+struct LinearLif {
+  RowInput in;
+  const PackedLinear* map;
+  NeuronParams neuron;
+  Layout layout;
+  const Columns* columns;  // of `layout`
+  uint64_t* out;           // [R, panels]
+  float* state;            // [B, N, outputs], read and written; null: at rest
+  int64_t groups = 1;      // outputs that are counted apart: so many equal runs of panels
+};
+
+// One scratch for each thread.
+Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkScratch>& scratch);
+
+}  // namespace atsnn

@@ -1,0 +1,450 @@
+"""The event-driven engine: whole-network inference on a CPU whose time follows the spikes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .checks import BackendError, InvalidType, InvalidValue, check_choice, check_finite, shape_of
+from .cost import Cost, Parts, cost_of_trace
+from .nn.blocks import MLP, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
+from .nn.config import SpikformerConfig
+from .nn.execution import EXECUTIONS
+from .nn.halting import Halting
+from .nn.merging import TokenMerge
+from .nn.model import ATSpikformer, Head
+from .nn.neurons import IF, LIF, PLIF
+from .nn.stem import SpikingPatchSplitting
+from .nn.trace import Trace
+from .ops.library import native, native_missing
+
+__all__ = ["Engine", "EngineState", "EngineTrace", "freeze", "levels"]
+
+# The residual stream is bytes: two spikes from the stem and two from each block.
+MOST_BLOCKS = 126
+# Indices of inputs are 16 bits; the twin of most_inputs in csrc/engine/linear.h.
+MOST_INPUTS = 2**16 - 1
+MOST_TIMESTEPS = 4096
+
+STEM = ("proj", "proj1", "proj2", "proj3", "rpe")
+BLOCK = ("attn.input", "attn.q_lif", "attn.k_lif", "attn.v_lif", "attn.attn_lif", "attn.proj_lif",
+         "mlp.input", "mlp.fc1_lif", "mlp.fc2_lif")  # fmt: skip
+PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
+
+
+def levels() -> list[str]:
+    """Instruction sets the engine can use on this machine, the one it uses last."""
+    return list(_native("levels").levels())
+
+
+@dataclass
+class EngineTrace(Trace):
+    """What a pass of the engine did; see :class:`~atsnn.nn.trace.Trace` for what it inherits.
+
+    Attributes
+    ----------
+    cost : Cost
+        FLOPs, SOPs, bytes and energy by part, of the rows that ran.
+    seconds : Parts
+        Time spent in each part.
+    rows : list of int
+        Rows each block ran, over the whole batch.
+    """
+
+    cost: Cost
+    seconds: Parts
+    rows: list[int]
+
+
+class EngineState:
+    """What an engine remembers between the parts of a stream.
+
+    Membranes of every neuron, halting scores and the readout so far, of the images of one batch.
+    A new one starts at rest; each call of the engine that is given it goes on where the last one
+    ended.
+    """
+
+    def __init__(self) -> None:
+        self._state = _native("EngineState").StreamState()
+
+    @property
+    def steps(self) -> int:
+        """Timesteps seen so far."""
+        return int(self._state.steps)
+
+    @property
+    def batch(self) -> int:
+        """Images of the stream; 0 before the first call."""
+        return int(self._state.batch)
+
+    def __repr__(self) -> str:
+        return f"EngineState(steps={self.steps}, batch={self.batch})"
+
+
+class Engine:
+    """A frozen model; made by :func:`freeze`.
+
+    Attributes
+    ----------
+    config : SpikformerConfig
+
+    Notes
+    -----
+    Threads may call one engine at the same time. PyTorch's number of threads
+    (``torch.set_num_threads``) is the engine's.
+    """
+
+    def __init__(self, config: SpikformerConfig, compiled: Any) -> None:
+        self.config = config
+        self._compiled = compiled
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Engine(Spikformer-{c.depth}-{c.embed_dim}, {c.image_size}x{c.image_size}, T={c.T}, "
+            f"halting={c.halting!r}, level={levels()[-1]!r})"
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        return_trace: bool = False,
+        *,
+        execution: str = "packed",
+        state: EngineState | None = None,
+        level: str | None = None,
+    ) -> Tensor | EngineTrace:
+        """Images to logits.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[B, C, H, W]`` still images, shown ``T`` times, or ``[T, B, C, H, W]`` video or
+            events; float32 on the CPU, finite.
+        return_trace : bool
+            Whether to return an :class:`EngineTrace` instead of the logits.
+        execution : {"packed", "masked"}
+            Whether halted cells do not exist, or are computed and zeroed. The same bits either
+            way.
+        state : EngineState, optional
+            Go on from it, and leave in it what comes next: ``T`` calls with one timestep each
+            give what one call with ``T`` timesteps gives. The logits are those of all timesteps
+            so far. Not with merging, whose decision needs all timesteps.
+        level : str, optional
+            Instruction set, one of :func:`levels`; the same bits on each.
+
+        Returns
+        -------
+        Tensor or EngineTrace
+            ``[B, num_classes]`` float32 logits.
+        """
+        c = self.config
+        op = "Engine"
+        x = self._images(x)
+        check_choice(op, "execution", execution, EXECUTIONS)
+        if level is not None:
+            check_choice(op, "level", level, levels())
+        still = x.dim() == 4
+        T, B = (c.T, x.shape[0]) if still else x.shape[:2]
+        if state is not None:
+            self._check_state(state, B)
+        L, N = c.depth, c.grid**2
+        arrays: dict[str, Tensor] = {"logits": x.new_empty(B, c.num_classes)}
+        if return_trace:
+            cells = (L, T, B, N)
+            arrays |= {
+                "active": torch.empty(cells, dtype=torch.uint8),
+                "scores": x.new_empty(cells), "weights": x.new_empty(cells),
+                "block_sizes": x.new_empty(L, B, N), "sizes": x.new_empty(B, N),
+                "depth": torch.empty((T, B, N), dtype=torch.int64),
+                "source": torch.empty((B, N), dtype=torch.int64),
+            }  # fmt: skip
+        report = self._compiled.run(
+            x.detach().contiguous().numpy(), still, T,
+            {name: array.numpy() for name, array in arrays.items()}, execution == "masked",
+            torch.get_num_threads(), None if state is None else state._state, level,
+        )  # fmt: skip
+        if not return_trace:
+            return arrays["logits"]
+        return self._trace(arrays, report, T, B, N, still)
+
+    def _images(self, x: Tensor) -> Tensor:
+        c = self.config
+        op = "Engine"
+        if not isinstance(x, Tensor):
+            raise InvalidType(f"{op}: images must be a torch.Tensor, got {type(x).__name__}")
+        want = (c.in_channels, c.image_size, c.image_size)
+        if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != want:
+            raise InvalidValue(
+                f"{op}: images must have shape [B, C, H, W] or [T, B, C, H, W] with "
+                f"(C, H, W) = {want}, got {shape_of(x)}"
+            )
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            raise InvalidType(
+                f"{op}: images must be float32 on the CPU, got {x.dtype} on {x.device}"
+            )
+        if x.dim() == 5 and not 1 <= x.shape[0] <= MOST_TIMESTEPS:
+            raise InvalidValue(
+                f"{op}: images must have T in 1 .. {MOST_TIMESTEPS}, got T = {x.shape[0]}"
+            )
+        check_finite(op, "images", x)
+        return x
+
+    def _check_state(self, state: EngineState, B: int) -> None:
+        if not isinstance(state, EngineState):
+            raise InvalidType(f"Engine: state must be an EngineState, got {type(state).__name__}")
+        if self.config.merging:
+            raise InvalidValue(
+                "Engine: a model that merges tokens cannot stream, as the decision which to merge "
+                "needs all timesteps; expected state=None"
+            )
+        if state.steps < 0:
+            raise InvalidValue(
+                "Engine: state must be whole, got one of a call that was stopped half-way"
+            )
+        if state.steps and state.batch != B:
+            raise InvalidValue(
+                f"Engine: images must be as many as those of the state, {state.batch}, got {B}"
+            )
+
+    def _trace(
+        self, arrays: dict[str, Tensor], report: dict[str, Any], T: int, B: int, N: int,
+        still: bool,
+    ) -> EngineTrace:  # fmt: skip
+        c = self.config
+        trace = Trace(
+            arrays["logits"], arrays["active"].bool(), arrays["depth"],
+            torch.tensor(report["ponder"] / max(T * B * N, 1), dtype=torch.float32),
+            arrays["scores"], arrays["weights"], arrays["sizes"], arrays["block_sizes"],
+            arrays["source"], self._rates(report, T, B, still),
+        )  # fmt: skip
+        return EngineTrace(
+            **vars(trace),
+            cost=cost_of_trace(c, trace, still),
+            seconds=Parts(**dict(zip(PARTS, report["seconds"], strict=True))),
+            rows=list(report["rows"]),
+        )
+
+    def _rates(self, report: dict[str, Any], T: int, B: int, still: bool) -> dict[str, float]:
+        """Spikes per neuron and active cell, by the names of the model's layers."""
+        c = self.config
+        dim = c.embed_dim
+        widths = (c.in_channels, dim // 8, dim // 4, dim // 2, dim)
+        counts = iter(report["stem_spikes"])
+        found: dict[str, float] = {}
+        size = c.image_size
+        for i, name in enumerate(STEM):
+            before = widths[min(i, 4)]
+            shown = 1 if still and i == 0 else T
+            after = math.ceil(size / 2) if name in pooled(c) else size
+            neurons = size if c.pool == "after_lif" else after
+            places = {
+                f"{name}.input": shown * B * before * size**2,
+                f"{name}_lif": T * B * widths[min(i + 1, 4)] * neurons**2,
+            }
+            for layer, number in places.items():
+                found[f"patch_embed.{layer}"] = next(counts) / max(number, 1)
+            size = after
+        counts = iter(report["block_spikes"])
+        hidden = int(dim * c.mlp_ratio)
+        for block, rows in enumerate(report["rows"]):
+            for layer in BLOCK:
+                spikes = next(counts)
+                if rows:
+                    width = hidden if layer == "mlp.fc1_lif" else dim
+                    found[f"block.{block}.{layer}"] = spikes / (rows * width)
+        return found
+
+
+def _native(what: str) -> Any:
+    if native is None:
+        raise BackendError(f"{what}: the engine needs the native extension, but {native_missing}")
+    return native
+
+
+def pooled(config: SpikformerConfig) -> tuple[str, ...]:
+    """The convolutions after which maps are halved."""
+    return STEM[2:4] if config.stem == "cifar" else STEM[:4]
+
+
+# -- from a model ---------------------------------------------------------------------------------
+
+
+def freeze(model: ATSpikformer) -> Engine:
+    """Fold, pack and compile a trained model for inference on the CPU.
+
+    Every BatchNorm is folded into the layer before it (in float64, rounded once to float32), the
+    weights are packed, and nothing refers to the model afterwards: training it on does not change
+    the engine.
+
+    Parameters
+    ----------
+    model : ATSpikformer
+        In evaluation mode, float32, on the CPU.
+
+    Raises
+    ------
+    InvalidValue
+        If the model is in training mode, holds values that are not finite, or is larger than the
+        engine's integers.
+    InvalidType
+        If a layer is of a kind the engine does not know.
+    BackendError
+        If the extension is not built.
+    """
+    op = "freeze"
+    extension = _native(op)
+    if not isinstance(model, ATSpikformer):
+        raise InvalidType(f"{op}: model must be an ATSpikformer, got {type(model).__name__}")
+    _check_model(model)
+    c = model.config
+    limit = None if c.merge_threshold is None else math.copysign(
+        c.merge_threshold**2, c.merge_threshold
+    )  # fmt: skip
+    config = {
+        "image_size": c.image_size, "in_channels": c.in_channels, "num_classes": c.num_classes,
+        "embed_dim": c.embed_dim, "depth": c.depth, "num_heads": c.num_heads,
+        "hidden": int(c.embed_dim * c.mlp_ratio),
+        "pooled": [name in pooled(c) for name in STEM[:4]],
+        "pool_spikes": c.pool == "after_lif", "spike_driven": c.attention == "sdsa",
+        "attn_scale": c.attn_scale, "halting": c.halting or "none",
+        "mean_field": c.readout == "mean-field", "score": c.score, "eps": c.eps,
+        "merging": c.merging, "merge_sizes": c.merge_sizes, "merge_r": list(c.merges),
+        "merge_threshold": limit,
+    }  # fmt: skip
+    stem = model.patch_embed
+    conv = [
+        _layer(stem._layer("conv", name), stem._layer("bn", name), stem._layer("lif", name))
+        for name in STEM
+    ]
+    blocks = []
+    for block in model.block:
+        attn, mlp = block.attn, block.mlp
+        layers: dict[str, Any] = {
+            name: _layer(*(getattr(attn, f"{name}_{part}") for part in ("linear", "bn", "lif")))
+            for name in ("q", "k", "v", "proj")
+        }
+        for name in ("fc1", "fc2"):
+            parts = (getattr(mlp, f"{name}_{part}") for part in ("linear", "bn", "lif"))
+            layers[name] = _layer(*parts)
+        blocks.append({**layers, "attn": _neuron(attn.attn_lif)})
+    head = {
+        "weight": model.head.weight.detach().double().numpy(),
+        "bias": _bias(model.head).numpy(),
+    }
+    halting = model.halting
+    weight, bias = torch.zeros(1, dtype=torch.float64), 0.0
+    if halting is not None:
+        scaled = halting.alpha if halting.weight is None else halting.alpha * halting.weight
+        weight, bias = scaled.detach().double().reshape(-1), float(halting.beta.detach())
+    return Engine(
+        c, extension.Engine(config, conv, blocks, head, {"weight": weight.numpy(), "bias": bias})
+    )
+
+
+KNOWN: tuple[type[nn.Module], ...] = (
+    ATSpikformer, SpikingPatchSplitting, SpikformerBlock, SpikingSelfAttention,
+    SpikeDrivenSelfAttention, MLP, Halting, TokenMerge, Head, nn.ModuleList, nn.Linear, nn.Conv2d,
+    nn.BatchNorm1d, nn.BatchNorm2d, LIF, IF, PLIF,
+)  # fmt: skip
+
+
+def _check_model(model: ATSpikformer) -> None:
+    op = "freeze"
+    c = model.config
+    for name, module in model.named_modules():
+        if name and type(module) not in KNOWN:
+            raise InvalidType(
+                f"{op}: expected layers of {', '.join(sorted(k.__name__ for k in KNOWN))}; "
+                f"got {type(module).__name__} at {name}"
+            )
+        if module.training:
+            raise InvalidValue(
+                f"{op}: the model must be in evaluation mode (model.eval()), "
+                f"got {name or 'the model'} in training mode"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise InvalidValue(f"{op}: {name} must keep running statistics, got none")
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        if any(hooks):
+            raise InvalidValue(
+                f"{op}: the model must have no forward hooks, which the engine would not call, "
+                f"got one at {name or 'the model'}"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise InvalidType(
+                f"{op}: {name} must be float32 on the CPU, got {tensor.dtype} on {tensor.device}"
+            )
+        check_finite(op, name, tensor)
+    if c.merge_match == "random" and c.merging:
+        raise InvalidValue(
+            f"{op}: merge_match must be 'similar', got 'random', which is a control for studies"
+        )
+    widest = max(9 * c.embed_dim, int(c.embed_dim * c.mlp_ratio), 9 * c.in_channels)
+    for name, value, most in (
+        ("depth", c.depth, MOST_BLOCKS), ("the inputs of a layer", widest, MOST_INPUTS),
+        ("T", c.T, MOST_TIMESTEPS),
+    ):  # fmt: skip
+        if value > most:
+            raise InvalidValue(f"{op}: {name} must be at most {most}, got {value}")
+    for number, block in enumerate(model.block):
+        neurons = [_neuron(getattr(block.attn, f"{name}_lif")) for name in "qkv"]
+        if any(neuron != neurons[0] for neuron in neurons):
+            raise InvalidValue(
+                f"{op}: the neurons of q, k and v must have the same settings, "
+                f"got others in block {number}"
+            )
+
+
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    outputs = layer.weight.shape[0]
+    bias = layer.bias
+    return torch.zeros(outputs, dtype=torch.float64) if bias is None else bias.detach().double()
+
+
+def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
+    """Weight ``[outputs, inputs]`` and bias of a layer with its BatchNorm, float64.
+
+    ``W' = s W`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``. The inputs
+    of a convolution are in the order ``(ky, kx, channel)``.
+    """
+    weight, bias = layer.weight.detach().double(), _bias(layer)
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.detach().double()
+    bias = (bias - bn.running_mean.double()) * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias.detach().double()
+    return weight * scale[:, None], bias
+
+
+def _layer(layer: nn.Linear | nn.Conv2d, bn: Any, neuron: Any) -> dict[str, Any]:
+    weight, bias = (t.to(torch.float32) for t in fold(layer, bn))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check_finite("freeze", f"the {name} of a layer after folding its BatchNorm", tensor)
+    return {
+        "weight": weight.contiguous().numpy(),
+        "bias": bias.numpy(),
+        "neuron": _neuron(neuron),
+    }
+
+
+def _neuron(neuron: IF | LIF | PLIF) -> dict[str, Any]:
+    decays = cast(bool, getattr(neuron, "decay_input", True))
+    inv_tau = float(neuron.w.detach().sigmoid()) if isinstance(neuron, PLIF) else None
+    return {
+        "charge": "integrate" if isinstance(neuron, IF) else "decay" if decays else "no_decay",
+        "tau": float(getattr(neuron, "tau", 2.0)),
+        "inv_tau": inv_tau,
+        "v_threshold": neuron.v_threshold,
+        "v_reset": neuron.v_reset,
+    }
