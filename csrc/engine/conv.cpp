@@ -38,65 +38,115 @@ struct Strip {
 };
 
 // Lists the inputs of the pixels of a strip at timesteps [begin, end), pixel by pixel: of bits.
-double list_bits(const ConvLif& a, Strip strip, int64_t begin, int64_t end, ChunkScratch& s,
-                 Lists* lists, Tiling* chosen) {
-  const int64_t W = a.width, stride = words(a.channels), steps = end - begin;
-  const int64_t above = std::max<int64_t>(strip.top - 1, 0);
-  const int64_t below = std::min(strip.bottom + 1, a.height);
-  const int64_t around = (below - above) * W;
-  const auto word_of = [&](int64_t t, int64_t pixel) {
-    return a.bits + (((begin + t) * a.B + strip.image) * a.height * W + pixel) * stride;
-  };
-  if (!lists) {  // first the rate, which decides the tiles
+class BitListing {
+ public:
+  BitListing(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end)
+      : a_(a),
+        k_(k),
+        strip_(strip),
+        begin_(begin),
+        steps_(end - begin),
+        stride_(words(a.channels)),
+        above_(std::max<int64_t>(strip.top - 1, 0)),
+        around_((std::min(strip.bottom + 1, a.height) - above_) * a.width) {}
+
+  // The share of inputs that fire.
+  double rate() const {
     int64_t entries = 0;
-    for (int64_t t = 0; t < steps; ++t) {
-      const uint64_t* word = word_of(t, above * W);
-      for (int64_t i = 0; i < around * stride; ++i) entries += count_bits(word[i]);
-    }
-    const int64_t places = around * steps * a.channels;
-    *chosen = tiling(places ? double(entries) / places : 0.0, a.channels);
-    return 0;
+    for (int64_t t = 0; t < steps_; ++t) entries += k_.count(word(t, 0), around_ * stride_);
+    const int64_t places = around_ * steps_ * a_.channels;
+    return places ? double(entries) / places : 0.0;
   }
-  const Tiling tile = *chosen;
-  const int64_t parts = tile.parts(a.channels);
-  // The spikes of each pixel, once; a pixel is a neighbour of nine.
-  uint16_t* const part = s.part.data();
-  uint32_t* const found = s.found.data();
-  int64_t n = 0;
-  for (int64_t t = 0; t < steps; ++t) {
-    for (int64_t pixel = 0; pixel < around; ++pixel) {
-      const uint64_t* word = word_of(t, above * W + pixel);
-      for (int64_t c = 0; c < a.channels; c += word_bits) {
-        if (c % tile.part == 0) {
-          found[(t * around + pixel) * parts + c / tile.part] = static_cast<uint32_t>(n);
-        }
-        each_bit(word[c / word_bits], [&](int64_t i) { part[n++] = static_cast<uint16_t>(c + i); });
-      }
-    }
-  }
-  found[steps * around * parts] = static_cast<uint32_t>(n);
-  double input = 0;
-  for (int64_t y = strip.top; y < strip.bottom; ++y) {
-    for (int64_t x = 0; x < W; ++x) {
-      for (int64_t t = 0; t < steps; ++t) {
+
+  // Returns the number of spikes in the strip.
+  double list(const Tiling& tile, ChunkScratch& s, Lists& lists) {
+    find(tile, s);
+    double input = 0;
+    for (int64_t y = strip_.top; y < strip_.bottom; ++y) {
+      for (int64_t x = 0; x < a_.width; ++x) {
+        // Whether each neighbour is inside, and where its spikes are listed.
+        int64_t at[taps];
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t ny = y + tap / 3 - 1, nx = x + tap % 3 - 1;
-          const bool inside = ny >= 0 && ny < a.height && nx >= 0 && nx < W;
-          const uint32_t* at = found + (inside ? (t * around + (ny - above) * W + nx) * parts : 0);
-          for (int64_t i = 0; i < parts; ++i) {
-            if (inside) lists->append(part + at[i], at[i + 1] - at[i], tap * a.channels);
-            if (tap == 4) input += at[i + 1] - at[i];
-            if ((tap + 1) % tile.taps_a_tile == 0) lists->end_tile();
-          }
+          const bool inside = ny >= 0 && ny < a_.height && nx >= 0 && nx < a_.width;
+          at[tap] = inside ? ((ny - above_) * a_.width + nx) * parts_ : -1;
+        }
+        for (int64_t t = 0; t < steps_; ++t) {
+          const uint32_t* found = s.found.data() + t * around_ * parts_;
+          input += found[at[4] + parts_] - found[at[4]];
+          parts_ == 1 ? list_taps(found, at, tile.taps_a_tile, s.part.data(), lists)
+                      : list_parts(found, at, s.part.data(), lists);
         }
       }
     }
+    return input;
   }
-  return input;
-}
+
+ private:
+  const uint64_t* word(int64_t t, int64_t pixel) const {
+    const int64_t first = ((begin_ + t) * a_.B + strip_.image) * a_.height * a_.width;
+    return a_.bits + (first + above_ * a_.width + pixel) * stride_;
+  }
+
+  // The spikes of each pixel, once; a pixel is a neighbour of nine.
+  void find(const Tiling& tile, ChunkScratch& s) {
+    parts_ = tile.parts(a_.channels);
+    uint32_t* found = s.found.data();
+    int64_t n = 0;
+    for (int64_t t = 0; t < steps_; ++t) {
+      const uint64_t* bits = word(t, 0);
+      for (int64_t pixel = 0; pixel < around_; ++pixel) {
+        int64_t left = 0;
+        for (int64_t c = 0; c < a_.channels; c += word_bits, left -= word_bits) {
+          if (left == 0) {
+            *found++ = static_cast<uint32_t>(n);
+            left = tile.part;
+          }
+          n += k_.list_bits(*bits++, c, s.part.data() + n);
+        }
+      }
+    }
+    *found = static_cast<uint32_t>(n);
+  }
+
+  void list_taps(const uint32_t* found, const int64_t* at, int64_t taps_a_tile,
+                 const uint16_t* part, Lists& lists) const {
+    int64_t left = taps_a_tile;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      if (at[tap] >= 0) {
+        const uint32_t* f = found + at[tap];
+        lists.append(part + f[0], f[1] - f[0], tap * a_.channels);
+      }
+      if (--left == 0) {
+        lists.end_tile();
+        left = taps_a_tile;
+      }
+    }
+  }
+
+  void list_parts(const uint32_t* found, const int64_t* at, const uint16_t* part,
+                  Lists& lists) const {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t i = 0; i < parts_; ++i) {
+        if (at[tap] >= 0) {
+          const uint32_t* f = found + at[tap] + i;
+          lists.append(part + f[0], f[1] - f[0], tap * a_.channels);
+        }
+        lists.end_tile();
+      }
+    }
+  }
+
+  const ConvLif& a_;
+  const Kernels& k_;
+  const Strip strip_;
+  const int64_t begin_, steps_, stride_, above_, around_;  // around: pixels with a neighbour in it
+  int64_t parts_ = 1;
+};
 
 // The same of float images, whose pixels are rarely zero.
-double list_floats(const ConvLif& a, Strip strip, int64_t begin, int64_t end, Lists& lists) {
+double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end,
+                   Lists& lists) {
   double input = 0;
   for (int64_t y = strip.top; y < strip.bottom; ++y) {
     for (int64_t x = 0; x < a.width; ++x) {
@@ -107,7 +157,7 @@ double list_floats(const ConvLif& a, Strip strip, int64_t begin, int64_t end, Li
           if (ny < 0 || ny >= a.height || nx < 0 || nx >= a.width) continue;
           for (int64_t c = 0; c < a.channels; ++c) {
             const float value = image[(c * a.height + ny) * a.width + nx];
-            if (value != 0) lists.add(tap * a.channels + c, value);
+            lists.add_floats(k, &value, 1, tap * a.channels + c);
             if (tap == 4) input += value;
           }
         }
@@ -118,22 +168,23 @@ double list_floats(const ConvLif& a, Strip strip, int64_t begin, int64_t end, Li
   return input;
 }
 
-struct Listing {
-  const ConvLif& a;
-  Tiling tile{taps, 0};
-
-  // `rows` are the pixels of the strip times the timesteps.
-  Lists list(Strip strip, int64_t begin, int64_t end, ChunkScratch& s) {
-    const int64_t rows = (strip.bottom - strip.top) * a.width * (end - begin);
-    if (!a.images) list_bits(a, strip, begin, end, s, nullptr, &tile);
-    Lists lists(s, rows, taps * a.channels, a.images ? 1 : tile.tiles(a.channels),
-                a.images != nullptr);
-    s.counted.input += a.images ? list_floats(a, strip, begin, end, lists)
-                                : list_bits(a, strip, begin, end, s, &lists, &tile);
+// `rows` of the lists are the pixels of the strip times the timesteps.
+Lists list_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end,
+                 ChunkScratch& s) {
+  const int64_t rows = (strip.bottom - strip.top) * a.width * (end - begin);
+  if (a.images) {
+    Lists lists(s, rows, taps * a.channels, 1, true);
+    s.counted.input += list_floats(a, k, strip, begin, end, lists);
     lists.sort();
     return lists;
   }
-};
+  BitListing listing(a, k, strip, begin, end);
+  const Tiling tile = tiling(listing.rate(), a.channels);
+  Lists lists(s, rows, taps * a.channels, tile.tiles(a.channels), false);
+  s.counted.input += listing.list(tile, s, lists);
+  lists.sort();
+  return lists;
+}
 
 // Memory for strips of so many rows of pixels.
 void reserve(const ConvLif& a, int64_t rows, int64_t steps, ChunkScratch& s) {
@@ -195,8 +246,8 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t item, ChunkScratch& 
   const double input = s.counted.input;
   if (!a.state) std::fill_n(membrane, pixels * panel, static_cast<float>(a.neuron.v_reset));
   for (int64_t t = 0; t < (a.still ? 1 : a.T); ++t) {
-    const Lists lists = Listing{a}.list({image, 0, a.height}, t, t + 1, s);
-    lists.run(k, map.panel_weight(p), map.panel_bias(p), s.acc.data());
+    const Lists lists = list_strip(a, k, {image, 0, a.height}, t, t + 1, s);
+    lists.run(k, map, p, s.acc.data());
     pool_sums(s.acc.data(), a.height, a.width, pooled);
     set_columns(a, image, pixels, 0, pixels, t, shown, s);
     if (!a.state) {
@@ -214,10 +265,10 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t item, ChunkScratch& 
 void run_strip(const ConvLif& a, const Kernels& k, Strip strip, ChunkScratch& s) {
   const PackedLinear& map = *a.map;
   const int64_t begin = strip.top * a.width, end = strip.bottom * a.width;
-  const Lists lists = Listing{a}.list(strip, 0, a.still ? 1 : a.T, s);
+  const Lists lists = list_strip(a, k, strip, 0, a.still ? 1 : a.T, s);
   set_columns(a, strip.image, a.height * a.width, begin, end, 0, a.T, s);
   for (int64_t p = 0; p < map.panels(); ++p) {
-    lists.run(k, map.panel_weight(p), map.panel_bias(p), s.acc.data());
+    lists.run(k, map, p, s.acc.data());
     s.counted.spikes[0] +=
         k.fire({s.acc.data(), a.still, s.first.data(), s.row.data(), end - begin, a.out + p,
                 map.panels(), map.valid.data()[p], a.state ? s.state.data() : nullptr, p * panel},

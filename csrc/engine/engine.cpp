@@ -735,7 +735,14 @@ int64_t group_size(const NetworkConfig& c, int64_t T, int threads) {
 
 }  // namespace
 
-Engine::Engine(Network net) : net_(std::move(net)) {}
+Engine::Engine(Network net) : net_(std::move(net)) {
+  std::vector<PackedLinear*> maps;
+  for (SpikeLayer& layer : net_.conv) maps.push_back(&layer.map);
+  for (BlockLayers& b : net_.block) {
+    for (SpikeLayer* layer : {&b.qkv, &b.proj, &b.fc1, &b.fc2}) maps.push_back(&layer->map);
+  }
+  net_.weights = gather_weights(maps);
+}
 Engine::~Engine() = default;
 
 void Engine::run(const Images& images, const Outputs& out, const Options& options, Report& report) {

@@ -47,6 +47,7 @@ struct Network {
   NetworkConfig config;
   std::array<SpikeLayer, 5> conv;
   std::vector<BlockLayers> block;
+  Buffer<float> weights;                       // of all maps
   std::vector<double> head_weight, head_bias;  // [classes, C], [classes]
   std::vector<double> score_weight;            // one, or [C] for the linear score
   double score_bias = 0;

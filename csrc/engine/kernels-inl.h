@@ -8,39 +8,57 @@ namespace {
 
 // ---- linear -------------------------------------------------------------------------------------
 
-// Vectors of a panel whose sums are kept in registers at a time.
+// Vectors of a panel, and those whose sums are kept in registers at a time.
 constexpr int panel_vectors = panel / Simd<float>::width;
 constexpr int together = panel_vectors < 8 ? panel_vectors : 8;
 
-template <bool weighted>
-void add_rows_of(const AddRows& a) {
+// `n` vectors from the panel's vector `part` on.
+template <bool weighted, int n>
+void add_vectors(const AddRows& a, int part) {
   constexpr int64_t width = Simd<float>::width;
+  const char* ahead = reinterpret_cast<const char*>(a.ahead);
   for (int64_t j = 0; j < a.num_jobs; ++j) {
     const Job job = a.jobs[j];
+    // Nothing is accessed, so the address may lie past the end.
+    for (int64_t line = 0; line < a.ahead_lines; ++line, ahead += 64) {
+      __builtin_prefetch(ahead, 0, 2);
+    }
     const uint16_t* index = a.index + job.entry;
     const float* value = weighted ? a.value + job.entry : nullptr;
-    for (int part = 0; part < panel_vectors; part += together) {
-      float* const acc = a.acc + job.row * panel + part * width;
-      const float* const from = a.bias ? a.bias + part * width : acc;
-      const float* const weight = a.weight + part * width;
-      vec<float> sum[together];
-      for (int i = 0; i < together; ++i) sum[i] = load(from + i * width);
-      for (int64_t e = 0; e < job.count; ++e) {
-        const float* w = weight + int64_t(index[e]) * panel;
-        if constexpr (weighted) {
-          // A product rounded on its own: where the value is 1 it is the weight itself.
-          const vec<float> x = vec<float>{} + value[e];
-          for (int i = 0; i < together; ++i) sum[i] += x * load(w + i * width);
-        } else {
-          for (int i = 0; i < together; ++i) sum[i] += load(w + i * width);
-        }
+    float* const acc = a.acc + job.row * panel + part * width;
+    const float* const from = a.bias ? a.bias + part * width : acc;
+    const float* const weight = a.weight + part * width;
+    vec<float> sum[n];
+    for (int i = 0; i < n; ++i) sum[i] = load(from + i * width);
+    for (int64_t e = 0; e < job.count; ++e) {
+      const float* w = weight + int64_t(index[e]) * panel;
+      if constexpr (weighted) {
+        // A product rounded on its own: where the value is 1 it is the weight itself.
+        const vec<float> x = vec<float>{} + value[e];
+        for (int i = 0; i < n; ++i) sum[i] += x * load(w + i * width);
+      } else {
+        for (int i = 0; i < n; ++i) sum[i] += load(w + i * width);
       }
-      for (int i = 0; i < together; ++i) store(acc + i * width, sum[i]);
+    }
+    for (int i = 0; i < n; ++i) store(acc + i * width, sum[i]);
+  }
+}
+
+template <bool weighted>
+void add_panel(const AddRows& a) {
+  constexpr int64_t width = Simd<float>::width;
+  for (int part = 0; part < panel_vectors; part += together) {
+    const int64_t left = a.outputs - part * width;
+    if (left <= 0) return;
+    if (left <= together / 2 * width) {
+      add_vectors<weighted, together / 2>(a, part);
+    } else {
+      add_vectors<weighted, together>(a, part);
     }
   }
 }
 
-void add_rows(const AddRows& a) { a.value ? add_rows_of<true>(a) : add_rows_of<false>(a); }
+void add_rows(const AddRows& a) { a.value ? add_panel<true>(a) : add_panel<false>(a); }
 
 // ---- neurons ------------------------------------------------------------------------------------
 
@@ -239,11 +257,55 @@ int64_t attend(const Attend& a, const NeuronParams& p, int64_t image, int64_t fi
 
 // ---- what is not zero ---------------------------------------------------------------------------
 
-uint64_t nonzero_bytes(const uint8_t* x, int64_t n) {
+int64_t count(const uint64_t* bits, int64_t n) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += count_bits(bits[i]);
+  return sum;
+}
+
+int64_t list_bits(uint64_t word, int64_t base, uint16_t* index) {
 #if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
-  const __mmask64 lanes = valid_bits(n, 0);
-  const __m512i v = _mm512_maskz_loadu_epi8(lanes, x);
-  return _mm512_test_epi8_mask(v, v);
+  if (!word) return 0;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const uint16_t* const begin = index;
+  for (int64_t i = 0; i < word_bits; i += 16) {
+    const __mmask16 some = word >> i & 0xffff;
+    const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(base + i)));
+    const __m512i set = _mm512_maskz_compress_epi32(some, at);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm512_cvtepi32_epi16(set));
+    index += count_bits(some);
+  }
+  return index - begin;
+#else
+  int64_t n = 0;
+  each_bit(word, [&](int64_t bit) { index[n++] = static_cast<uint16_t>(base + bit); });
+  return n;
+#endif
+}
+
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+// Lists those of 16 values whose bit is set.
+ATSNN_INLINE int64_t list_16(__m512 x, __mmask16 some, int64_t base, uint16_t* index,
+                             float* value) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(base)));
+  const __m512i set = _mm512_maskz_compress_epi32(some, at);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm512_cvtepi32_epi16(set));
+  _mm512_storeu_ps(value, _mm512_maskz_compress_ps(some, x));
+  return count_bits(some);
+}
+#endif
+
+int64_t list_bytes(const uint8_t* x, int64_t n, int64_t base, uint16_t* index, float* value) {
+  int64_t found = 0;
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = static_cast<__mmask16>(valid_bits(n - i, 0));
+    const __m128i bytes = _mm_maskz_loadu_epi8(lanes, x + i);
+    const __mmask16 some = _mm_test_epi8_mask(bytes, bytes);
+    found += list_16(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), some, base + i, index + found,
+                     value + found);
+  }
 #else
   uint64_t bits = 0;
   int64_t i = 0;
@@ -255,17 +317,35 @@ uint64_t nonzero_bytes(const uint8_t* x, int64_t n) {
   }
 #endif
   for (; i < n; ++i) bits |= uint64_t(x[i] != 0) << i;
-  return bits;
+  each_bit(bits, [&](int64_t bit) {
+    index[found] = static_cast<uint16_t>(base + bit);
+    value[found++] = x[bit];
+  });
 #endif
+  return found;
 }
 
-uint64_t nonzero_floats(const float* x, int64_t n) {
+int64_t list_floats(const float* x, int64_t n, int64_t base, uint16_t* index, float* value) {
+  int64_t found = 0;
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = static_cast<__mmask16>(valid_bits(n - i, 0));
+    const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i);
+    const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    found += list_16(v, some, base + i, index + found, value + found);
+  }
+#else
   constexpr int64_t width = Simd<float>::width;
   uint64_t bits = 0;
   int64_t i = 0;
   for (; i + width <= n; i += width) bits |= uint64_t(differs(load(x + i), 0.0f)) << i;
   for (; i < n; ++i) bits |= uint64_t(x[i] != 0) << i;
-  return bits;
+  each_bit(bits, [&](int64_t bit) {
+    index[found] = static_cast<uint16_t>(base + bit);
+    value[found++] = x[bit];
+  });
+#endif
+  return found;
 }
 
 }  // namespace
@@ -282,8 +362,10 @@ const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
     ATSNN_LEVEL::add_rows,
     ATSNN_LEVEL::fire,
     ATSNN_LEVEL::attend,
-    ATSNN_LEVEL::nonzero_bytes,
-    ATSNN_LEVEL::nonzero_floats,
+    ATSNN_LEVEL::count,
+    ATSNN_LEVEL::list_bits,
+    ATSNN_LEVEL::list_bytes,
+    ATSNN_LEVEL::list_floats,
     ATSNN_LEVEL::scores_forward<float>,
     ATSNN_LEVEL::readout_forward<float>,
     ATSNN_LEVEL::combine_rows<float>,

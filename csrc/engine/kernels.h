@@ -22,6 +22,7 @@ struct Job {
 // acc[row] = from + sum over the entries of value * weight[index], [rows, panel]; `from` is the
 // bias, or acc itself where that is null. Entries are added in order, one after the other.
 struct AddRows {
+  int64_t outputs;        // that exist, of the panel; others may be left as they are
   const float* weight;    // [K, panel]
   const uint16_t* index;  // below K
   const float* value;     // null: all 1
@@ -29,6 +30,10 @@ struct AddRows {
   int64_t num_jobs;
   const float* bias;  // [panel], or null
   float* acc;         // [rows, panel]
+  // Lines of memory each job asks for meanwhile, from here on: the weights that come next, which
+  // are read in no order that the hardware could foresee.
+  const float* ahead;
+  int64_t ahead_lines;
 };
 
 // Neurons over the timesteps of columns: a column is 64 channels of one token. Column i has the
@@ -72,9 +77,14 @@ struct Kernels {
   int64_t (*fire)(const Fire&, const NeuronParams&);
   int64_t (*attend)(const Attend&, const NeuronParams&, int64_t image, int64_t first_head,
                     int64_t heads, float* scratch);
-  // Bit i is set where byte or float i of n <= 64 is not zero.
-  uint64_t (*nonzero_bytes)(const uint8_t* x, int64_t n);
-  uint64_t (*nonzero_floats)(const float* x, int64_t n);
+  // Set bits of n words.
+  int64_t (*count)(const uint64_t* bits, int64_t n);
+  // Lists the set bits of a word, as base + bit, and returns how many there are. Up to 16 more
+  // entries are overwritten, here and below.
+  int64_t (*list_bits)(uint64_t word, int64_t base, uint16_t* index);
+  // The same of the bytes, or floats, of n <= 64 that are not zero, with their values.
+  int64_t (*list_bytes)(const uint8_t* x, int64_t n, int64_t base, uint16_t* index, float* value);
+  int64_t (*list_floats)(const float* x, int64_t n, int64_t base, uint16_t* index, float* value);
   // The row kernels that the operators run too (rows.h).
   void (*scores)(const Scores<float>&, float* h, int64_t begin, int64_t end);
   void (*readout)(const Readout<float>&, double* out, int64_t begin, int64_t end);

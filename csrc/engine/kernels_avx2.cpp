@@ -16,6 +16,8 @@
 #include "../cpu/target_avx2.h"
 #define ATSNN_LEVEL avx2
 #define ATSNN_VECTOR_BYTES 32
-#include "../cpu/target_end.h"
+// clang-format off: the order matters
 #include "kernels-inl.h"
+#include "../cpu/target_end.h"
+// clang-format on
 #endif

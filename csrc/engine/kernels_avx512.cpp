@@ -16,6 +16,8 @@
 #include "../cpu/target_avx512.h"
 #define ATSNN_LEVEL avx512
 #define ATSNN_VECTOR_BYTES 64
-#include "../cpu/target_end.h"
+// clang-format off: the order matters
 #include "kernels-inl.h"
+#include "../cpu/target_end.h"
+// clang-format on
 #endif

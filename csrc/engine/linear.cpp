@@ -15,7 +15,8 @@ constexpr int64_t append_room = 16;
 
 PackedLinear::PackedLinear(const float* w, const float* b, int64_t outputs_, int64_t inputs_)
     : inputs(inputs_), outputs(outputs_) {
-  float* to = weight.reserve_zeros(panels() * inputs * panel);
+  float* to = own.reserve_zeros(weights());
+  weight = to;
   float* at = bias.reserve_zeros(panels() * panel);
   uint64_t* exist = valid.reserve(panels());
   for (int64_t p = 0; p < panels(); ++p) exist[p] = valid_bits(outputs, p);
@@ -32,13 +33,28 @@ PackedLinear beside(const std::vector<const PackedLinear*>& maps) {
   int64_t panels = 0;
   for (const PackedLinear* m : maps) panels += m->panels();
   all.outputs = panels * panel;
-  float* w = all.weight.reserve(panels * all.inputs * panel);
+  float* w = all.own.reserve(panels * all.inputs * panel);
+  all.weight = w;
   float* b = all.bias.reserve(panels * panel);
   uint64_t* exist = all.valid.reserve(panels);
   for (const PackedLinear* m : maps) {
-    w = std::copy_n(m->weight.data(), m->panels() * m->inputs * panel, w);
+    w = std::copy_n(m->weight, m->weights(), w);
     b = std::copy_n(m->bias.data(), m->panels() * panel, b);
     exist = std::copy_n(m->valid.data(), m->panels(), exist);
+  }
+  return all;
+}
+
+Buffer<float> gather_weights(const std::vector<PackedLinear*>& maps) {
+  int64_t total = 0;
+  for (const PackedLinear* m : maps) total += m->weights();
+  Buffer<float> all;
+  float* to = all.reserve(total);
+  for (PackedLinear* m : maps) {
+    float* const end = std::copy_n(m->weight, m->weights(), to);
+    m->weight = to;
+    m->own = {};
+    to = end;
   }
   return all;
 }
@@ -69,7 +85,7 @@ int64_t Columns::chunk_begin(int64_t i, int64_t chunks) const {
 
 void Lists::reserve(ChunkScratch& s, int64_t rows, int64_t inputs, int64_t tiles, bool weighted) {
   s.index.reserve(rows * inputs + append_room);
-  if (weighted) s.value.reserve(rows * inputs);
+  if (weighted) s.value.reserve(rows * inputs + append_room);
   s.jobs.reserve(rows * tiles);
   s.sorted.reserve(rows * tiles);
   s.histogram.reserve(inputs + 2);
@@ -77,7 +93,7 @@ void Lists::reserve(ChunkScratch& s, int64_t rows, int64_t inputs, int64_t tiles
 }
 
 Lists::Lists(ChunkScratch& s, int64_t rows, int64_t inputs, int64_t tiles, bool weighted)
-    : scratch_(s), rows_(rows), tiles_(tiles), weighted_(weighted) {
+    : scratch_(s), rows_(rows), inputs_(inputs), tiles_(tiles), weighted_(weighted) {
   reserve(s, rows, inputs, tiles, weighted);
   index_ = s.index.data();
   value_ = s.value.data();
@@ -99,7 +115,10 @@ void Lists::sort() {
   }
 }
 
-void Lists::run(const Kernels& k, const float* weight, const float* bias, float* acc) const {
+void Lists::run(const Kernels& k, const PackedLinear& map, int64_t p, float* acc) const {
+  const float* const weight = map.panel_weight(p);
+  const float* const bias = map.panel_bias(p);
+  const int64_t tile_floats = inputs_ * panel / tiles_;  // about so many
   for (int64_t tile = 0; tile < tiles_; ++tile) {
     const Job* jobs = sorted_ + tile * rows_;
     int64_t n = rows_;
@@ -110,58 +129,63 @@ void Lists::run(const Kernels& k, const float* weight, const float* bias, float*
       n -= some - jobs;
       jobs = some;
     }
-    k.add_rows(
-        {weight, index_, weighted_ ? value_ : nullptr, jobs, n, tile == 0 ? bias : nullptr, acc});
+    const int64_t lines = n ? (tile_floats / 16 + n - 1) / n : 0;
+    k.add_rows({map.panel_outputs(p), weight, index_, weighted_ ? value_ : nullptr, jobs, n,
+                tile == 0 ? bias : nullptr, acc, weight + (tile + 1) * tile_floats, lines});
   }
 }
 
 namespace {
 
-// Inputs of a row that are not zero.
-int64_t count_row(const RowInput& in, int64_t row, const Kernels& k) {
-  int64_t count = 0;
-  for (int64_t c = 0; c < in.channels; c += word_bits) {
-    const int64_t n = std::min(word_bits, in.channels - c);
-    count += count_bits(in.bits     ? in.bits[row * in.stride + c / word_bits]
-                        : in.counts ? k.nonzero_bytes(in.counts + row * in.channels + c, n)
-                                    : k.nonzero_floats(in.values + row * in.channels + c, n));
+// Inputs of a row that are not zero; of integers their number is estimated from their first words.
+double expected_entries(const RowInput& in, const int32_t* row, int64_t rows, const Kernels& k,
+                        ChunkScratch& s) {
+  if (in.bits) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      count += k.count(in.bits + row[i] * in.stride, words(in.channels));
+    }
+    return static_cast<double>(count);
   }
-  return count;
+  // Every eighth row tells the rate well enough.
+  int64_t count = 0, looked = 0;
+  for (int64_t i = 0; i < rows; i += 8, ++looked) {
+    for (int64_t c = 0; c < in.channels; c += word_bits) {
+      const int64_t n = std::min(word_bits, in.channels - c), at = row[i] * in.channels + c;
+      count += in.counts ? k.list_bytes(in.counts + at, n, 0, s.index.data(), s.value.data())
+                         : k.list_floats(in.values + at, n, 0, s.index.data(), s.value.data());
+    }
+  }
+  return static_cast<double>(count) * rows / std::max<int64_t>(looked, 1);
 }
 
-// Lists the inputs of one row; `tile` is a multiple of 64.
+// Lists the inputs of one row and returns their sum; `tile` is a multiple of 64.
 double list_row(const RowInput& in, int64_t row, int64_t tile, const Kernels& k, Lists& lists) {
-  const int64_t C = in.channels;
+  const int64_t C = in.channels, before = lists.entries();
   double sum = 0;
-  if (in.bits) {
-    const int64_t before = lists.entries();
-    const uint64_t* word = in.bits + row * in.stride;
-    for (int64_t c = 0; c < C; c += word_bits) {
-      each_bit(word[c / word_bits], [&](int64_t i) { lists.add(c + i); });
-      if ((c + word_bits) % tile == 0 || c + word_bits >= C) lists.end_tile();
-    }
-    return lists.entries() - before;
-  }
+  int64_t left = tile;
   for (int64_t c = 0; c < C; c += word_bits) {
     const int64_t n = std::min(word_bits, C - c);
-    if (in.counts) {
+    if (in.bits) {
+      lists.add_bits(k, in.bits[row * in.stride + c / word_bits], c);
+    } else if (in.counts) {
       const uint8_t* x = in.counts + row * C + c;
+      lists.add_bytes(k, x, n, c);
       int64_t total = 0;
-      each_bit(k.nonzero_bytes(x, n), [&](int64_t i) {
-        lists.add(c + i, x[i]);
-        total += x[i];
-      });
+      for (int64_t i = 0; i < n; ++i) total += x[i];
       sum += total;
     } else {
       const float* x = in.values + row * C + c;
-      each_bit(k.nonzero_floats(x, n), [&](int64_t i) {
-        lists.add(c + i, x[i]);
-        sum += x[i];
-      });
+      lists.add_floats(k, x, n, c);
+      for (int64_t i = 0; i < n; ++i) sum += x[i];
     }
-    if ((c + word_bits) % tile == 0 || c + word_bits >= C) lists.end_tile();
+    left -= word_bits;
+    if (left == 0 || c + word_bits >= C) {
+      lists.end_tile();
+      left = tile;
+    }
   }
-  return sum;
+  return in.bits ? lists.entries() - before : sum;
 }
 
 }  // namespace
@@ -194,7 +218,7 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
     const int64_t n = columns.rows_before(end) - columns.rows_before(begin);
     int32_t* const first = s.first.data();
     int32_t* const row = s.row.data();
-    int64_t local = 0, entries = 0;
+    int64_t local = 0;
     for (int64_t i = begin; i < end; ++i) {
       const auto [image, rank, steps] = columns[i];
       first[i - begin] = static_cast<int32_t>(local);
@@ -204,18 +228,17 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
       }
       for (int64_t t = 0; t < steps; ++t, ++local) {
         row[local] = static_cast<int32_t>(a.layout.start(t, image) + rank);
-        entries += count_row(a.in, row[local], k);
       }
     }
     first[end - begin] = static_cast<int32_t>(local);
-    const bool tiled = entries > first_cache_rate * n * C;
+    const bool tiled = expected_entries(a.in, row, n, k, s) > first_cache_rate * n * C;
     const int64_t tile = tiled ? first_cache_inputs : words(C) * word_bits;
     Lists lists(s, n, C, tiled ? most_tiles : 1, weighted);
     for (int64_t i = 0; i < n; ++i) s.counted.input += list_row(a.in, row[i], tile, k, lists);
     lists.sort();
     float* const acc = s.acc.data();
     for (int64_t p = 0; p < map.panels(); ++p) {
-      lists.run(k, map.panel_weight(p), map.panel_bias(p), acc);
+      lists.run(k, map, p, acc);
       s.counted.spikes[p * a.groups / map.panels()] +=
           k.fire({acc, false, first, row, end - begin, a.out + p, map.panels(), map.valid.data()[p],
                   a.state ? s.state.data() : nullptr, p * panel},

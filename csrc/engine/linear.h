@@ -15,7 +15,8 @@ namespace atsnn {
 // Weights for adding rows: for each panel of 64 outputs [K, 64], zeros past the last output.
 struct PackedLinear {
   int64_t inputs = 0, outputs = 0;
-  Buffer<float> weight;    // [panels, K, 64]
+  const float* weight = nullptr;  // [panels, K, 64], in `own` or in memory shared with other maps
+  Buffer<float> own;
   Buffer<float> bias;      // [panels, 64]
   Buffer<uint64_t> valid;  // [panels], the outputs that exist
 
@@ -23,9 +24,14 @@ struct PackedLinear {
   // weight [outputs, inputs], bias [outputs] or null.
   PackedLinear(const float* weight, const float* bias, int64_t outputs, int64_t inputs);
   int64_t panels() const { return words(outputs); }
-  const float* panel_weight(int64_t p) const { return weight.data() + p * inputs * panel; }
+  int64_t weights() const { return panels() * inputs * panel; }
+  const float* panel_weight(int64_t p) const { return weight + p * inputs * panel; }
   const float* panel_bias(int64_t p) const { return bias.data() + p * panel; }
+  int64_t panel_outputs(int64_t p) const { return count_bits(valid.data()[p]); }
 };
+
+// Moves the weights of several maps into one piece of memory, which is returned.
+Buffer<float> gather_weights(const std::vector<PackedLinear*>& maps);
 
 // Several maps of one input side by side: the outputs of each begin at a panel.
 PackedLinear beside(const std::vector<const PackedLinear*>& maps);
@@ -103,19 +109,29 @@ class Lists {
   static void reserve(ChunkScratch& scratch, int64_t rows, int64_t inputs, int64_t tiles,
                       bool weighted);
   // Entries of the row at hand, in ascending order of the index.
-  void add(int64_t index) { index_[n_++] = static_cast<uint16_t>(index); }
+  void add_bits(const Kernels& k, uint64_t word, int64_t base) {
+    n_ += k.list_bits(word, base, index_ + n_);
+  }
+  void add_bytes(const Kernels& k, const uint8_t* x, int64_t n, int64_t base) {
+    n_ += k.list_bytes(x, n, base, index_ + n_, value_ + n_);
+  }
+  void add_floats(const Kernels& k, const float* x, int64_t n, int64_t base) {
+    n_ += k.list_floats(x, n, base, index_ + n_, value_ + n_);
+  }
   void add(int64_t index, float value) {
     value_[n_] = value;
     index_[n_++] = static_cast<uint16_t>(index);
   }
   // Entries from another list, each index moved by `shift`; up to 16 more elements are touched.
   void append(const uint16_t* from, int64_t count, int64_t shift) {
-    for (int64_t e = 0; e < count; e += 16) {
-      for (int64_t i = 0; i < 16; ++i) {
-        index_[n_ + e + i] = static_cast<uint16_t>(from[e + i] + shift);
-      }
-    }
+    uint16_t* to = index_ + n_;
     n_ += count;
+    do {  // nearly always once
+      for (int64_t i = 0; i < 16; ++i) to[i] = static_cast<uint16_t>(from[i] + shift);
+      to += 16;
+      from += 16;
+      count -= 16;
+    } while (count > 0);
   }
   void end_tile() {
     jobs_[tile_ * rows_ + row_] = {static_cast<uint32_t>(begin_),
@@ -124,8 +140,8 @@ class Lists {
     if (++tile_ == tiles_) tile_ = 0, ++row_;
   }
   int64_t entries() const { return n_; }
-  // Adds all rows into `acc [rows, 64]` for one panel.
-  void run(const Kernels& k, const float* weight, const float* bias, float* acc) const;
+  // Adds all rows into `acc [rows, 64]` for one panel, whose weights the next one's follow.
+  void run(const Kernels& k, const PackedLinear& map, int64_t p, float* acc) const;
   // Sorts the jobs of each tile by their number of entries: loops of equal length follow each
   // other, and the processor foresees where they end. To be called once all rows are listed.
   void sort();
@@ -135,7 +151,7 @@ class Lists {
   uint16_t* index_;
   float* value_;
   Job *jobs_, *sorted_;
-  int64_t rows_, tiles_;
+  int64_t rows_, inputs_, tiles_;
   bool weighted_;
   int64_t n_ = 0, begin_ = 0, row_ = 0, tile_ = 0;
 };

@@ -1,6 +1,10 @@
 // Spikes as bits, and memory that is kept from call to call.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -29,6 +33,20 @@ inline void each_bit(uint64_t word, F f) {
   for (; word; word &= word - 1) f(__builtin_ctzll(word));
 }
 
+// Whole lines of memory, freed by std::free. Large pieces are asked for in huge pages, where the
+// system has them: weights are read row by row in no order, and the small ones' addresses do not
+// fit the processor's tables.
+inline void* allocate(size_t bytes) {
+  constexpr size_t huge = size_t(2) << 20, line = 64;
+  const size_t step = bytes >= huge ? huge : line, whole = (bytes + step - 1) / step * step;
+  void* p = std::aligned_alloc(step, std::max(whole, step));
+  if (!p) throw std::bad_alloc();
+#if defined(__linux__)
+  if (step == huge) madvise(p, whole, MADV_HUGEPAGE);  // a wish; without it all works as well
+#endif
+  return p;
+}
+
 // Memory that grows and is never given back before the end, so that a repeated shape allocates
 // nothing. Lines are whole; growing loses what was in it.
 template <class T>
@@ -51,8 +69,7 @@ class Buffer {
       std::free(p_);
       p_ = nullptr;
       capacity_ = 0;
-      p_ = static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64));
-      if (!p_) throw std::bad_alloc();
+      p_ = static_cast<T*>(allocate(n * sizeof(T)));
       capacity_ = n;
     }
     return p_;
