@@ -11,6 +11,8 @@ constexpr int64_t taps = 9;
 constexpr int64_t strip_rows = 512;
 // Weights of a panel that leave room in the second cache for what else is read.
 constexpr int64_t second_cache_inputs = 1024;
+// Of narrow maps whole taps make a tile, so that a row has enough to add in each.
+constexpr int64_t few_inputs = 448;
 
 // How the inputs (tap, channel) are divided into tiles: so many taps, or parts of one.
 struct Tiling {
@@ -22,12 +24,12 @@ struct Tiling {
 Tiling whole_taps(int64_t n, int64_t channels) { return {n, words(channels) * word_bits}; }
 
 Tiling tiling(double rate, int64_t channels) {
-  if (rate >= first_cache_rate) {
-    if (channels > first_cache_inputs) return {1, first_cache_inputs};
-    return whole_taps(3 * channels <= first_cache_inputs ? 3 : 1, channels);
+  const bool tiled = rate >= first_cache_rate;
+  if (tiled && channels > first_cache_inputs) {
+    return {1, tile_inputs(channels, first_cache_inputs)};
   }
   for (int64_t n : {9, 3}) {
-    if (n * channels <= second_cache_inputs) return whole_taps(n, channels);
+    if (n * channels <= (tiled ? few_inputs : second_cache_inputs)) return whole_taps(n, channels);
   }
   return whole_taps(1, channels);
 }
@@ -95,14 +97,11 @@ class BitListing {
     int64_t n = 0;
     for (int64_t t = 0; t < steps_; ++t) {
       const uint64_t* bits = word(t, 0);
-      for (int64_t pixel = 0; pixel < around_; ++pixel) {
-        int64_t left = 0;
-        for (int64_t c = 0; c < a_.channels; c += word_bits, left -= word_bits) {
-          if (left == 0) {
-            *found++ = static_cast<uint32_t>(n);
-            left = tile.part;
-          }
-          n += k_.list_bits(*bits++, c, s.part.data() + n);
+      for (int64_t pixel = 0; pixel < around_; ++pixel, bits += stride_) {
+        for (int64_t c = 0; c < a_.channels; c += tile.part) {
+          *found++ = static_cast<uint32_t>(n);
+          n += k_.list_bits(bits + c / word_bits, words(std::min(tile.part, a_.channels - c)), c,
+                            s.part.data() + n);
         }
       }
     }
@@ -146,7 +145,7 @@ class BitListing {
 
 // The same of float images, whose pixels are rarely zero.
 double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end,
-                   Lists& lists) {
+                   float* patch, Lists& lists) {
   double input = 0;
   for (int64_t y = strip.top; y < strip.bottom; ++y) {
     for (int64_t x = 0; x < a.width; ++x) {
@@ -154,13 +153,14 @@ double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begi
         const float* image = a.images + (t * a.B + strip.image) * a.channels * a.height * a.width;
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int64_t ny = y + tap / 3 - 1, nx = x + tap % 3 - 1;
-          if (ny < 0 || ny >= a.height || nx < 0 || nx >= a.width) continue;
+          const bool inside = ny >= 0 && ny < a.height && nx >= 0 && nx < a.width;
           for (int64_t c = 0; c < a.channels; ++c) {
-            const float value = image[(c * a.height + ny) * a.width + nx];
-            lists.add_floats(k, &value, 1, tap * a.channels + c);
+            const float value = inside ? image[(c * a.height + ny) * a.width + nx] : 0.0f;
+            patch[tap * a.channels + c] = value;
             if (tap == 4) input += value;
           }
         }
+        lists.add_floats(k, patch, taps * a.channels, 0);
         lists.end_tile();
       }
     }
@@ -174,7 +174,7 @@ Lists list_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin,
   const int64_t rows = (strip.bottom - strip.top) * a.width * (end - begin);
   if (a.images) {
     Lists lists(s, rows, taps * a.channels, 1, true);
-    s.counted.input += list_floats(a, k, strip, begin, end, lists);
+    s.counted.input += list_floats(a, k, strip, begin, end, s.patch.data(), lists);
     lists.sort();
     return lists;
   }
@@ -191,7 +191,9 @@ void reserve(const ConvLif& a, int64_t rows, int64_t steps, ChunkScratch& s) {
   const int64_t pixels = rows * a.width, around = (rows + 2) * a.width;
   const int64_t parts = words(a.channels);
   Lists::reserve(s, pixels * steps, taps * a.channels, taps * parts, a.images != nullptr);
-  if (!a.images) {
+  if (a.images) {
+    s.patch.reserve(taps * a.channels);
+  } else {
     s.part.reserve(around * steps * a.channels + 16);
     s.found.reserve(around * steps * parts + 1);
   }

@@ -263,38 +263,31 @@ int64_t count(const uint64_t* bits, int64_t n) {
   return sum;
 }
 
-int64_t list_bits(uint64_t word, int64_t base, uint16_t* index) {
 #if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
-  if (!word) return 0;
+// Stores first + lane of the 16 lanes whose bit is set.
+ATSNN_INLINE void list_lanes(__m512i first, __mmask16 some, uint16_t* index) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i set = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(first, lane));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm512_cvtepi32_epi16(set));
+}
+#endif
+
+int64_t list_bits(const uint64_t* bits, int64_t n, int64_t base, uint16_t* index) {
   const uint16_t* const begin = index;
-  for (int64_t i = 0; i < word_bits; i += 16) {
-    const __mmask16 some = word >> i & 0xffff;
-    const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(base + i)));
-    const __m512i set = _mm512_maskz_compress_epi32(some, at);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm512_cvtepi32_epi16(set));
-    index += count_bits(some);
+  for (int64_t word = 0; word < n; ++word, base += word_bits) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+    if (!bits[word]) continue;
+    for (int64_t i = 0; i < word_bits; i += 16) {
+      const __mmask16 some = bits[word] >> i & 0xffff;
+      list_lanes(_mm512_set1_epi32(static_cast<int>(base + i)), some, index);
+      index += count_bits(some);
+    }
+#else
+    each_bit(bits[word], [&](int64_t bit) { *index++ = static_cast<uint16_t>(base + bit); });
+#endif
   }
   return index - begin;
-#else
-  int64_t n = 0;
-  each_bit(word, [&](int64_t bit) { index[n++] = static_cast<uint16_t>(base + bit); });
-  return n;
-#endif
 }
-
-#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
-// Lists those of 16 values whose bit is set.
-ATSNN_INLINE int64_t list_16(__m512 x, __mmask16 some, int64_t base, uint16_t* index,
-                             float* value) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(base)));
-  const __m512i set = _mm512_maskz_compress_epi32(some, at);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm512_cvtepi32_epi16(set));
-  _mm512_storeu_ps(value, _mm512_maskz_compress_ps(some, x));
-  return count_bits(some);
-}
-#endif
 
 int64_t list_bytes(const uint8_t* x, int64_t n, int64_t base, uint16_t* index, float* value) {
   int64_t found = 0;
@@ -303,24 +296,26 @@ int64_t list_bytes(const uint8_t* x, int64_t n, int64_t base, uint16_t* index, f
     const __mmask16 lanes = static_cast<__mmask16>(valid_bits(n - i, 0));
     const __m128i bytes = _mm_maskz_loadu_epi8(lanes, x + i);
     const __mmask16 some = _mm_test_epi8_mask(bytes, bytes);
-    found += list_16(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), some, base + i, index + found,
-                     value + found);
+    const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    list_lanes(_mm512_set1_epi32(static_cast<int>(base + i)), some, index + found);
+    _mm512_storeu_ps(value + found, _mm512_maskz_compress_ps(some, wide));
+    found += count_bits(some);
   }
 #else
-  uint64_t bits = 0;
+  const auto list = [&](uint64_t some, int64_t i) {
+    each_bit(some, [&](int64_t bit) {
+      index[found] = static_cast<uint16_t>(base + i + bit);
+      value[found++] = x[i + bit];
+    });
+  };
   int64_t i = 0;
 #if defined(__x86_64__)
   for (; i + 16 <= n; i += 16) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
-    const uint32_t zero = _mm_movemask_epi8(_mm_cmpeq_epi8(v, _mm_setzero_si128()));
-    bits |= uint64_t(~zero & 0xffff) << i;
+    list(~_mm_movemask_epi8(_mm_cmpeq_epi8(v, _mm_setzero_si128())) & 0xffff, i);
   }
 #endif
-  for (; i < n; ++i) bits |= uint64_t(x[i] != 0) << i;
-  each_bit(bits, [&](int64_t bit) {
-    index[found] = static_cast<uint16_t>(base + bit);
-    value[found++] = x[bit];
-  });
+  for (; i < n; ++i) list(x[i] != 0, i);
 #endif
   return found;
 }
@@ -332,18 +327,21 @@ int64_t list_floats(const float* x, int64_t n, int64_t base, uint16_t* index, fl
     const __mmask16 lanes = static_cast<__mmask16>(valid_bits(n - i, 0));
     const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i);
     const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    found += list_16(v, some, base + i, index + found, value + found);
+    list_lanes(_mm512_set1_epi32(static_cast<int>(base + i)), some, index + found);
+    _mm512_storeu_ps(value + found, _mm512_maskz_compress_ps(some, v));
+    found += count_bits(some);
   }
 #else
   constexpr int64_t width = Simd<float>::width;
-  uint64_t bits = 0;
+  const auto list = [&](uint64_t some, int64_t i) {
+    each_bit(some, [&](int64_t bit) {
+      index[found] = static_cast<uint16_t>(base + i + bit);
+      value[found++] = x[i + bit];
+    });
+  };
   int64_t i = 0;
-  for (; i + width <= n; i += width) bits |= uint64_t(differs(load(x + i), 0.0f)) << i;
-  for (; i < n; ++i) bits |= uint64_t(x[i] != 0) << i;
-  each_bit(bits, [&](int64_t bit) {
-    index[found] = static_cast<uint16_t>(base + bit);
-    value[found++] = x[bit];
-  });
+  for (; i + width <= n; i += width) list(differs(load(x + i), 0.0f), i);
+  for (; i < n; ++i) list(x[i] != 0, i);
 #endif
   return found;
 }

@@ -79,10 +79,10 @@ struct Kernels {
                     int64_t heads, float* scratch);
   // Set bits of n words.
   int64_t (*count)(const uint64_t* bits, int64_t n);
-  // Lists the set bits of a word, as base + bit, and returns how many there are. Up to 16 more
+  // Lists the set bits of n words, as base + bit, and returns how many there are. Up to 16 more
   // entries are overwritten, here and below.
-  int64_t (*list_bits)(uint64_t word, int64_t base, uint16_t* index);
-  // The same of the bytes, or floats, of n <= 64 that are not zero, with their values.
+  int64_t (*list_bits)(const uint64_t* bits, int64_t n, int64_t base, uint16_t* index);
+  // The same of n bytes, or floats, that are not zero, with their values.
   int64_t (*list_bytes)(const uint8_t* x, int64_t n, int64_t base, uint16_t* index, float* value);
   int64_t (*list_floats)(const float* x, int64_t n, int64_t base, uint16_t* index, float* value);
   // The row kernels that the operators run too (rows.h).

@@ -150,11 +150,9 @@ double expected_entries(const RowInput& in, const int32_t* row, int64_t rows, co
   // Every eighth row tells the rate well enough.
   int64_t count = 0, looked = 0;
   for (int64_t i = 0; i < rows; i += 8, ++looked) {
-    for (int64_t c = 0; c < in.channels; c += word_bits) {
-      const int64_t n = std::min(word_bits, in.channels - c), at = row[i] * in.channels + c;
-      count += in.counts ? k.list_bytes(in.counts + at, n, 0, s.index.data(), s.value.data())
-                         : k.list_floats(in.values + at, n, 0, s.index.data(), s.value.data());
-    }
+    const int64_t C = in.channels, at = row[i] * C;
+    count += in.counts ? k.list_bytes(in.counts + at, C, 0, s.index.data(), s.value.data())
+                       : k.list_floats(in.values + at, C, 0, s.index.data(), s.value.data());
   }
   return static_cast<double>(count) * rows / std::max<int64_t>(looked, 1);
 }
@@ -163,11 +161,11 @@ double expected_entries(const RowInput& in, const int32_t* row, int64_t rows, co
 double list_row(const RowInput& in, int64_t row, int64_t tile, const Kernels& k, Lists& lists) {
   const int64_t C = in.channels, before = lists.entries();
   double sum = 0;
-  int64_t left = tile;
-  for (int64_t c = 0; c < C; c += word_bits) {
-    const int64_t n = std::min(word_bits, C - c);
+  // A row without inputs has its tile too.
+  for (int64_t c = 0; c == 0 || c < C; c += tile) {
+    const int64_t n = std::min(tile, C - c);
     if (in.bits) {
-      lists.add_bits(k, in.bits[row * in.stride + c / word_bits], c);
+      lists.add_bits(k, in.bits + row * in.stride + c / word_bits, words(n), c);
     } else if (in.counts) {
       const uint8_t* x = in.counts + row * C + c;
       lists.add_bytes(k, x, n, c);
@@ -179,11 +177,7 @@ double list_row(const RowInput& in, int64_t row, int64_t tile, const Kernels& k,
       lists.add_floats(k, x, n, c);
       for (int64_t i = 0; i < n; ++i) sum += x[i];
     }
-    left -= word_bits;
-    if (left == 0 || c + word_bits >= C) {
-      lists.end_tile();
-      left = tile;
-    }
+    lists.end_tile();
   }
   return in.bits ? lists.entries() - before : sum;
 }
@@ -198,8 +192,8 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
   if (columns.size() == 0) return {};
   int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
   chunks = std::min((chunks + threads - 1) / threads * threads, columns.size());
-  const int64_t most_tiles =
-      std::max<int64_t>((C + first_cache_inputs - 1) / first_cache_inputs, 1);
+  const int64_t small = tile_inputs(C, first_cache_inputs);
+  const int64_t most_tiles = std::max<int64_t>((C + small - 1) / small, 1);
   const bool weighted = !a.in.bits;
   // A chunk ends with a whole token.
   const int64_t most_rows = (rows + chunks - 1) / chunks + a.layout.T;
@@ -232,7 +226,7 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
     }
     first[end - begin] = static_cast<int32_t>(local);
     const bool tiled = expected_entries(a.in, row, n, k, s) > first_cache_rate * n * C;
-    const int64_t tile = tiled ? first_cache_inputs : words(C) * word_bits;
+    const int64_t tile = tiled ? small : std::max<int64_t>(words(C), 1) * word_bits;
     Lists lists(s, n, C, tiled ? most_tiles : 1, weighted);
     for (int64_t i = 0; i < n; ++i) s.counted.input += list_row(a.in, row[i], tile, k, lists);
     lists.sort();

@@ -99,6 +99,7 @@ struct ChunkScratch {
   Buffer<uint64_t> gate;
   Buffer<uint32_t> found;  // where lists begin that are put together (conv.cpp)
   Buffer<uint16_t> part;
+  Buffer<float> patch;  // the inputs of one pixel
   Counted counted;
 };
 
@@ -109,8 +110,8 @@ class Lists {
   static void reserve(ChunkScratch& scratch, int64_t rows, int64_t inputs, int64_t tiles,
                       bool weighted);
   // Entries of the row at hand, in ascending order of the index.
-  void add_bits(const Kernels& k, uint64_t word, int64_t base) {
-    n_ += k.list_bits(word, base, index_ + n_);
+  void add_bits(const Kernels& k, const uint64_t* bits, int64_t n, int64_t base) {
+    n_ += k.list_bits(bits, n, base, index_ + n_);
   }
   void add_bytes(const Kernels& k, const uint8_t* x, int64_t n, int64_t base) {
     n_ += k.list_bytes(x, n, base, index_ + n_, value_ + n_);
@@ -156,11 +157,16 @@ class Lists {
   int64_t n_ = 0, begin_ = 0, row_ = 0, tile_ = 0;
 };
 
-// Inputs of a tile of weights that stays in the first cache, and the share of inputs that are not
-// zero from which it pays: where there is little to add, reading weights from the second cache
-// costs less than visiting the sums often.
-constexpr int64_t first_cache_inputs = 128;
-constexpr double first_cache_rate = 0.06;
+// Inputs of a tile of weights: most of 192 stay in the first cache while all rows of a chunk read
+// them. Where less than this share of inputs is not zero there is so little to add that visiting
+// the sums of a row again for each tile costs more than weights from the second cache do.
+constexpr int64_t first_cache_inputs = 192;
+constexpr double first_cache_rate = 0.03;
+// Inputs of a tile for nearly equal tiles of whole words, at most about `most` each.
+constexpr int64_t tile_inputs(int64_t inputs, int64_t most) {
+  const int64_t tiles = std::max<int64_t>((inputs + most - 1) / most, 1);
+  return std::max<int64_t>(words((inputs + tiles - 1) / tiles), 1) * word_bits;
+}
 
 struct LinearLif {
   RowInput in;
