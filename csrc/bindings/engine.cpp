@@ -150,17 +150,37 @@ T* pointer(const py::dict& arrays, const char* name) {
   return arrays.contains(name) ? arrays[name].cast<Array<T>>().mutable_data() : nullptr;
 }
 
+// What was recorded, copied: bits [rows, words] and the cell (t, b, n) of each row.
+py::tuple copied(const Recorded& r) {
+  const int64_t rows = r.layout.rows(), n = words(r.channels);
+  Array<uint64_t> bits({rows, n});
+  for (int64_t i = 0; i < rows; ++i) {
+    std::copy_n(r.bits + i * r.stride, n, bits.mutable_data() + i * n);
+  }
+  Array<int64_t> cells({rows});
+  row_cells(r.layout, cells.mutable_data());
+  return py::make_tuple(r.block, r.layer, bits, cells, r.channels,
+                        py::make_tuple(r.layout.T, r.layout.B, r.layout.N), r.first_step,
+                        r.first_image);
+}
+
 py::dict run(Engine& engine, const Array<float>& images, bool still, int64_t T,
              const py::dict& arrays, bool masked, int threads, StreamState* state,
-             const std::optional<std::string>& level_name) {
+             const std::optional<std::string>& level_name, const py::object& record) {
   const int64_t B = images.shape(still ? 0 : 1);
   const Outputs out{pointer<float>(arrays, "logits"),      pointer<uint8_t>(arrays, "active"),
                     pointer<float>(arrays, "scores"),      pointer<float>(arrays, "weights"),
                     pointer<float>(arrays, "block_sizes"), pointer<float>(arrays, "sizes"),
                     pointer<int64_t>(arrays, "depth"),     pointer<int64_t>(arrays, "source")};
   Signals signals;
-  const Engine::Options options{kernels_of(level_name), threads, masked, state,
-                                [&] { return signals(); }};
+  Engine::Options options{kernels_of(level_name), threads, masked, state};
+  options.stop = [&] { return signals(); };
+  if (!record.is_none()) {
+    options.record = [&](const Recorded& r) {
+      const py::gil_scoped_acquire gil;
+      record(copied(r));
+    };
+  }
   Report report;
   try {
     const py::gil_scoped_release release;
@@ -185,13 +205,14 @@ void bind_engine(py::module_& m) {
   py::class_<StreamState>(m, "StreamState")
       .def(py::init<>())
       .def_readonly("batch", &StreamState::batch)
-      .def_readonly("steps", &StreamState::steps);
+      .def_readonly("steps", &StreamState::steps)
+      .def_readonly("broken", &StreamState::broken);
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make_engine), py::arg("config"), py::arg("conv"), py::arg("blocks"),
            py::arg("head"), py::arg("score"))
       .def("run", &run, py::arg("images"), py::arg("still"), py::arg("T"), py::arg("arrays"),
            py::arg("masked"), py::arg("threads"), py::arg("state").none(true),
-           py::arg("level").none(true));
+           py::arg("level").none(true), py::arg("record").none(true));
 }
 
 }  // namespace atsnn

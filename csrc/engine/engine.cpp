@@ -28,6 +28,7 @@ void StreamState::start(const Network& net, int64_t images, bool stem) {
   };
   batch = images;
   steps = 0;
+  broken = false;
   int64_t size = c.image_size;
   for (size_t i = 0; stem && i < conv.size(); ++i) {
     // Neurons lie before a pooling of spikes and after a pooling of sums.
@@ -146,6 +147,7 @@ class Pass {
   const int64_t b0_, B_, T_, N_, C_, W_;
   const bool masked_;
   StreamState* state_;
+  int64_t step_ = 0;               // the first timestep of the layouts at hand
   bool floats_ = false;            // whether the residual stream is `values` rather than `counts`
   Layout layout_{};                // of the rows that are computed: in the masked form all of them
   const int64_t* cell_ = nullptr;  // the computed row of each active row; null: the same
@@ -194,6 +196,19 @@ class Pass {
           {i == 0 ? images : nullptr, in, channels, T_, B_, side, side, i == 0 && images_.still,
            halves && !c_.pool_spikes, &map, net_.conv[i].neuron, out, state},
           k_, ws_.thread);
+      if (options_.record) {
+        const int64_t size = halves && !c_.pool_spikes ? halved(side) : side;
+        int64_t* offsets = ws_.index.reserve(T_ * B_ + 1);
+        for (int64_t run = 0; run <= T_ * B_; ++run) offsets[run] = run * size * size;
+        options_.record({-1,
+                         static_cast<int>(2 * i + 1),
+                         out,
+                         words(map.outputs),
+                         map.outputs,
+                         {T_, B_, size * size, offsets, nullptr},
+                         b0_,
+                         0});
+      }
       report_.stem_spikes[2 * i] += counted.input;
       report_.stem_spikes[2 * i + 1] += counted.spikes[0];
       if (i == 4) break;
@@ -308,6 +323,13 @@ class Pass {
     });
   }
 
+  void record(int64_t l, layer::Block layer, const uint64_t* bits, int64_t stride,
+              int64_t channels) const {
+    if (options_.record) {
+      options_.record({l, layer, bits, stride, channels, layout_, b0_, step_});
+    }
+  }
+
   // One block on the rows of `active`; `state` holds membranes of this group's images, or null.
   void run_block(int64_t l, const OwnedLayout& active, StreamState* state) {
     const BlockLayers& layers = net_.block[l];
@@ -330,7 +352,10 @@ class Pass {
         found.input = sum_residual(active);
       }
       counts[layer::attn_in] += found.input;
-      for (int i = 0; i < 3; ++i) counts[layer::q + i] += found.spikes[i];
+      for (int i = 0; i < 3; ++i) {
+        counts[layer::q + i] += found.spikes[i];
+        record(l, layer::Block(layer::q + i), qkv + i * W_, Wq, C_);
+      }
       const float* sizes = c_.merging && c_.merge_sizes ? ws_.sizes.data() : nullptr;
       const Attend attend{qkv,
                           qkv + W_,
@@ -348,9 +373,11 @@ class Pass {
                           ? run_spike_driven_attention(attend, layers.attn, k_, ws_.thread)
                           : run_attention(attend, layers.attn, k_, ws_.attend);
       counts[layer::attn] += settle(attended, W_, active, fired);
+      record(l, layer::attn, attended, W_, C_);
       found =
           linear(spikes(attended, C_), layers.proj, y, keep ? at(keep->proj, N_ * C_) : nullptr);
       counts[layer::proj] += settle(y, W_, active, found.spikes[0]);
+      record(l, layer::proj, y, W_, C_);
       add_to_residual(y);
     }
     poll();
@@ -362,9 +389,11 @@ class Pass {
           linear(residual(), layers.fc1, hidden, keep ? at(keep->fc1, N_ * c_.hidden) : nullptr);
       counts[layer::mlp_in] += masked_ ? sum_residual(active) : found.input;
       counts[layer::fc1] += settle(hidden, Wh, active, found.spikes[0]);
+      record(l, layer::fc1, hidden, Wh, c_.hidden);
       found =
           linear(spikes(hidden, c_.hidden), layers.fc2, y, keep ? at(keep->fc2, N_ * C_) : nullptr);
       counts[layer::fc2] += settle(y, W_, active, found.spikes[0]);
+      record(l, layer::fc2, y, W_, C_);
       add_to_residual(y);
     }
     poll();
@@ -665,6 +694,7 @@ class Pass {
 
   void sequential_step(int64_t t, const uint8_t* all, StreamState* state, float* total,
                        double* features, int64_t* ran, float threshold) {
+    step_ = t;
     const int64_t tokens = B_ * N_;
     int64_t* steps = ws_.steps.data();
     std::fill_n(steps, tokens, 1);
@@ -765,10 +795,14 @@ void Engine::run(const Images& images, const Outputs& out, const Options& option
   ws->attend.resize(options.threads);
   const int64_t group = group_size(c, images.T, options.threads);
   // A workspace that an exception leaves behind is not put back.
+  if (options.state) options.state->broken = true;  // until the end
   for (int64_t b = 0; b < images.B; b += group) {
     Pass(net_, *ws, options, images, out, b, std::min(group, images.B - b), report).run();
   }
-  if (options.state) options.state->steps += images.T;
+  if (options.state) {
+    options.state->steps += images.T;
+    options.state->broken = false;
+  }
   const std::lock_guard<std::mutex> guard(lock_);
   pool_.push_back(std::move(ws));
 }

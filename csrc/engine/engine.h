@@ -61,6 +61,7 @@ struct StreamState {
     Buffer<uint8_t> stop;  // [B, N]
   };
   int64_t batch = 0, steps = 0;
+  bool broken = false;  // a call that did not end has left it half-way
   std::array<Buffer<float>, 5> conv;
   std::vector<Block> block;
   Buffer<double> features;  // [B, C]; sequential: [B, N, C]
@@ -109,6 +110,16 @@ struct Report {
   std::array<double, static_cast<size_t>(Part::parts)> seconds{};
 };
 
+// Spikes of one layer, for those who want to look at them: rows of `layout`, `stride` words apart.
+struct Recorded {
+  int64_t block;  // -1: the stem
+  int layer;      // of layer::Stem or layer::Block
+  const uint64_t* bits;
+  int64_t stride, channels;
+  Layout layout;                    // of the stem's pixels or the block's tokens
+  int64_t first_image, first_step;  // of the layout within the whole call
+};
+
 struct Images {
   const float* data;  // [B, C, H, W], or [T, B, C, H, W]
   bool still;
@@ -131,9 +142,11 @@ class Engine {
   struct Options {
     const Kernels* kernels;
     int threads;
-    bool masked;                 // compute every cell and zero the halted ones; the same numbers
-    StreamState* state;          // null: every neuron starts at rest, nothing is kept
-    std::function<bool()> stop;  // asked now and then, on the calling thread; true throws Stopped
+    bool masked;         // compute every cell and zero the halted ones; the same numbers
+    StreamState* state;  // null: every neuron starts at rest, nothing is kept
+    std::function<void(const Recorded&)> record = nullptr;  // called on the calling thread
+    std::function<bool()> stop =
+        nullptr;  // asked now and then, on the calling thread; true throws Stopped
   };
   void run(const Images& images, const Outputs& out, const Options& options, Report& report);
 

@@ -1,38 +1,42 @@
-"""Two executions of one model, compared spike by spike."""
+"""Two executions of one model, or a model and its engine, compared spike by spike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .engine import freeze, layer_name
 from .layout import TokenLayout
 from .nn.model import ATSpikformer, evaluating
 from .nn.trace import FiringRates, Trace
 
-__all__ = ["Difference", "compare_executions"]
+__all__ = ["Difference", "compare_engine", "compare_executions"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the packed execution is from the masked one.
+    """How far one computation of a model is from another.
 
     Attributes
     ----------
     images : int
     spikes : int
-        Spikes of the blocks in the masked execution.
+        Spikes of the second one.
     flipped : int
-        Neurons that fire at a timestep in one execution and not in the other. Sums of floats come
-        in another order where a matrix has other rows, so a potential next to its threshold can
-        fall on the other side; from there on values really differ.
+        Neurons that fire at a timestep in one and not in the other. Sums of floats come in
+        another order, so a potential next to its threshold can fall on the other side; from there
+        on values really differ.
     cells : int
         Cells executed in one and not in the other.
     classes : int
         Images put in another class.
     logits : float
         Largest difference of a logit.
+    names : tuple of str
+        What the two are called.
     """
 
     images: int
@@ -41,13 +45,15 @@ class Difference:
     cells: int
     classes: int
     logits: float
+    names: tuple[str, str] = ("packed", "masked")
 
     def __str__(self) -> str:
+        ours, theirs = self.names
         if not self.flipped:
             same = "bit for bit" if self.logits == 0 else f"logits within {self.logits:.1e}"
-            return f"packed = masked on {self.images} images ({same}, no flipped spike)"
+            return f"{ours} = {theirs} on {self.images} images ({same}, no flipped spike)"
         return (
-            f"packed ~ masked on {self.images} images: {self.flipped} of {self.spikes} spikes "
+            f"{ours} ~ {theirs} on {self.images} images: {self.flipped} of {self.spikes} spikes "
             f"flipped by float32 rounding, {self.cells} cells and {self.classes} classes differ, "
             f"logits within {self.logits:.1e}"
         )
@@ -90,6 +96,50 @@ def compare_executions(model: ATSpikformer, images: Tensor, batch: int = 32) -> 
     return total
 
 
+def compare_engine(model: ATSpikformer, images: Tensor, batch: int = 32) -> Difference:
+    """Run ``images`` through ``model`` and its engine, in evaluation mode, and count what differs.
+
+    The engine folds BatchNorm into the weights and adds in another order.
+    """
+    total = Difference(0, 0, 0, 0, 0, 0.0, ("engine", "model"))
+    with torch.no_grad(), evaluating(model):
+        engine = freeze(model)
+        for part in images.split(batch, images.dim() - 4):
+            theirs = _Spikes()
+            model_trace = model.forward_tokens(model.embed(part, theirs), True, theirs)
+            assert isinstance(model_trace, Trace)
+            ours = _Spikes()
+            kept: list[tuple[Any, ...]] = []
+            trace = engine(part, True, record=kept.append)
+            assert isinstance(trace, Trace)
+            ours.kept = _dense(kept, model, theirs)
+            total = _add(total, trace, ours, model_trace, theirs)
+    return total
+
+
+def _dense(
+    kept: list[tuple[Any, ...]], model: ATSpikformer, like: _Spikes
+) -> dict[str, Tensor]:  # fmt: skip
+    """Spikes the engine recorded, by the model's names, in the model's shapes."""
+    found: dict[str, Tensor] = {}
+    for block, layer, bits, cells, channels, (T, B, N), first_step, first_image in kept:
+        name = layer_name(block, layer)
+        words = torch.from_numpy(bits.astype("int64"))
+        spikes = (words.unsqueeze(-1) >> torch.arange(64)) & 1
+        dense = torch.zeros(T * B * N, channels)
+        dense[torch.from_numpy(cells)] = spikes.flatten(1)[:, :channels].float()
+        dense = dense.view(T, B, N, channels)
+        whole = like.kept.get(name)
+        if whole is None:  # a block that only the engine ran
+            found[name] = dense
+            continue
+        if whole.dim() == 5:  # maps [T, B, C, H, W]
+            dense = dense.transpose(2, 3).unflatten(3, whole.shape[3:])
+        place = found.setdefault(name, torch.zeros_like(whole))
+        place[first_step : first_step + T, first_image : first_image + B] = dense
+    return found
+
+
 def _add(
     total: Difference, packed: Trace, ours: _Spikes, masked: Trace, theirs: _Spikes
 ) -> Difference:
@@ -106,5 +156,5 @@ def _add(
     return Difference(
         total.images + len(packed.logits), total.spikes + spikes, total.flipped + flipped,
         total.cells + int((packed.active != masked.active).sum()), total.classes + classes,
-        max(total.logits, logits),
+        max(total.logits, logits), total.names,
     )  # fmt: skip

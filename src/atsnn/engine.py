@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -117,6 +118,7 @@ class Engine:
         execution: str = "packed",
         state: EngineState | None = None,
         level: str | None = None,
+        record: Callable[[tuple[Any, ...]], None] | None = None,
     ) -> Tensor | EngineTrace:
         """Images to logits.
 
@@ -136,6 +138,8 @@ class Engine:
             so far. Not with merging, whose decision needs all timesteps.
         level : str, optional
             Instruction set, one of :func:`levels`; the same bits on each.
+        record : callable, optional
+            Called with the spikes of each layer; for :mod:`atsnn.compare`.
 
         Returns
         -------
@@ -166,7 +170,7 @@ class Engine:
         report = self._compiled.run(
             x.detach().contiguous().numpy(), still, T,
             {name: array.numpy() for name, array in arrays.items()}, execution == "masked",
-            torch.get_num_threads(), None if state is None else state._state, level,
+            torch.get_num_threads(), None if state is None else state._state, level, record,
         )  # fmt: skip
         if not return_trace:
             return arrays["logits"]
@@ -202,7 +206,7 @@ class Engine:
                 "Engine: a model that merges tokens cannot stream, as the decision which to merge "
                 "needs all timesteps; expected state=None"
             )
-        if state.steps < 0:
+        if state._state.broken:
             raise InvalidValue(
                 "Engine: state must be whole, got one of a call that was stopped half-way"
             )
@@ -269,6 +273,13 @@ def _native(what: str) -> Any:
 def pooled(config: SpikformerConfig) -> tuple[str, ...]:
     """The convolutions after which maps are halved."""
     return STEM[2:4] if config.stem == "cifar" else STEM[:4]
+
+
+def layer_name(block: int, layer: int) -> str:
+    """What the model calls a layer of the engine; ``block`` is -1 for the stem."""
+    if block < 0:
+        return f"patch_embed.{STEM[layer // 2]}" + ("_lif" if layer % 2 else ".input")
+    return f"block.{block}.{BLOCK[layer]}"
 
 
 # -- from a model ---------------------------------------------------------------------------------
