@@ -404,7 +404,10 @@ def ragged(seed: int, T: int, B: int, N: int) -> TokenLayout:
 SMALL = TokenLayout.from_active_steps(torch.tensor([[2, 1, 0], [2, 2, 1]]), 2)
 OPERATORS = {schema.split("(")[0] for schema in SCHEMAS.strip().splitlines()}
 LEAVES = {"x", "v", "inv_tau", "q", "k", "state", "y", "weight", "bias", "h", "H", "w"}
-WITHOUT_GRADIENT = {"token_layout", "layout_cells", "moved_rows", "firing_counts", "match_tokens"}
+WITHOUT_GRADIENT = {
+    "token_layout", "layout_cells", "moved_rows", "firing_counts", "match_tokens",
+    "pack_spikes", "unpack_spikes", "pack_linear", "spike_linear_lif",
+}  # fmt: skip
 
 
 def signature(name: str) -> list[str]:
@@ -474,11 +477,25 @@ def operator_arguments(
         pool["grad"] = rows(numbers.normal).float()
     elif name == "readout_backward":
         pool["grad"] = numbers.normal((B, C))
+    elif name == "pack_linear":
+        pool["weight"] = numbers.integers(-4, 4, (5, C), bits=3).float()
+        pool["bias"] = numbers.integers(-4, 4, (5,), bits=3).float()
+    elif name in ("unpack_spikes", "spike_linear_lif"):
+        outputs = 70
+        pool["spikes"] = rows(numbers.spikes, C).float()
+        pool["bits"] = torch.ops.atsnn.pack_spikes(pool["spikes"])
+        pool["weight"], pool["bias"] = torch.ops.atsnn.pack_linear(
+            numbers.integers(-8, 8, (outputs, C), bits=3).float(),
+            numbers.integers(-4, 4, (outputs,), bits=3).float(),
+        )
+        pool |= dict(channels=C, outputs=outputs, inv_tau=0.5)
+        pool["v"] = numbers.integers(-4, 4, (B, N, outputs), bits=3).float()
     if bare:
         pool["kind"] = "lif"
         optional = ["inv_tau", "state", "grad_v", "grad_state", "grad_H"]
         optional += ["sizes"] * (not name.startswith("merge"))
-        optional += ["v"] * name.startswith("neuron")
+        optional += ["v"] * name.startswith(("neuron", "spike_linear"))
+        optional += ["bias"] * (name == "pack_linear")
         pool |= dict.fromkeys(optional)
     return {argument: pool[argument] for argument in signature(name)}
 

@@ -346,6 +346,44 @@ int64_t list_floats(const float* x, int64_t n, int64_t base, uint16_t* index, fl
   return found;
 }
 
+bool pack(const float* x, int64_t n, uint64_t* bits) {
+  constexpr int64_t width = Simd<float>::width;
+  bool binary = true;
+  for (int64_t c = 0; c < n; c += word_bits) {
+    const int64_t left = std::min(n - c, word_bits);
+    uint64_t word = 0, others = 0;
+    int64_t i = 0;
+    for (; i + width <= left; i += width) {
+      const vec<float> v = load(x + c + i);
+      word |= uint64_t(differs(v, 0.0f)) << i;
+      others |= uint64_t(differs(v, 1.0f)) << i;
+    }
+    for (; i < left; ++i) {
+      word |= uint64_t(x[c + i] != 0) << i;
+      others |= uint64_t(x[c + i] != 1) << i;
+    }
+    binary &= (word & others) == 0;
+    bits[c / word_bits] = word;
+  }
+  return binary;
+}
+
+void unpack(const uint64_t* bits, int64_t n, float* x) {
+  constexpr int64_t width = Simd<float>::width;
+  const int64_t whole = n / width * width;
+  float last[width];
+  for (int64_t c = 0; c < n; c += width) {
+    const uint64_t some = bits[c / word_bits] >> (c % word_bits);
+    float* to = c < whole ? x + c : last;
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+    store(to, (vec<float>)_mm512_maskz_mov_ps(__mmask16(some), _mm512_set1_ps(1.0f)));
+#else
+    for (int64_t i = 0; i < width; ++i) to[i] = (some >> i) & 1 ? 1.0f : 0.0f;
+#endif
+  }
+  std::memcpy(x + whole, last, (n - whole) * sizeof(float));
+}
+
 }  // namespace
 
 #define ATSNN_KERNELS_(LEVEL) LEVEL##_kernels
@@ -364,6 +402,8 @@ const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
     ATSNN_LEVEL::list_bits,
     ATSNN_LEVEL::list_bytes,
     ATSNN_LEVEL::list_floats,
+    ATSNN_LEVEL::pack,
+    ATSNN_LEVEL::unpack,
     ATSNN_LEVEL::scores_forward<float>,
     ATSNN_LEVEL::readout_forward<float>,
     ATSNN_LEVEL::combine_rows<float>,

@@ -85,6 +85,10 @@ struct Kernels {
   // The same of n bytes, or floats, that are not zero, with their values.
   int64_t (*list_bytes)(const uint8_t* x, int64_t n, int64_t base, uint16_t* index, float* value);
   int64_t (*list_floats)(const float* x, int64_t n, int64_t base, uint16_t* index, float* value);
+  // Bits of n values, set where they are not zero; returns whether those are all 1.
+  bool (*pack)(const float* x, int64_t n, uint64_t* bits);
+  // n values, 1 or 0.
+  void (*unpack)(const uint64_t* bits, int64_t n, float* x);
   // The row kernels that the operators run too (rows.h).
   void (*scores)(const Scores<float>&, float* h, int64_t begin, int64_t end);
   void (*readout)(const Readout<float>&, double* out, int64_t begin, int64_t end);

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .checks import BackendError, InvalidType, InvalidValue, check_choice, check_finite, shape_of
 from .cost import Cost, Parts, cost_of_trace
+from .functional.linear import MOST_INPUTS, MOST_TIMESTEPS
 from .nn.blocks import MLP, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
 from .nn.config import SpikformerConfig
 from .nn.execution import EXECUTIONS
@@ -19,6 +20,7 @@ from .nn.halting import Halting
 from .nn.merging import TokenMerge
 from .nn.model import ATSpikformer, Head
 from .nn.neurons import IF, LIF, PLIF
+from .nn.spike_linear import fold
 from .nn.stem import SpikingPatchSplitting
 from .nn.trace import Trace
 from .ops.library import native, native_missing
@@ -27,9 +29,7 @@ __all__ = ["Engine", "EngineState", "EngineTrace", "freeze", "levels"]
 
 # The residual stream is bytes: two spikes from the stem and two from each block.
 MOST_BLOCKS = 126
-# Indices of inputs are 16 bits; the twin of most_inputs in csrc/engine/linear.h.
-MOST_INPUTS = 2**16 - 1
-MOST_TIMESTEPS = 4096
+
 
 STEM = ("proj", "proj1", "proj2", "proj3", "rpe")
 BLOCK = ("attn.input", "attn.q_lif", "attn.k_lif", "attn.v_lif", "attn.attn_lif", "attn.proj_lif",
@@ -345,7 +345,7 @@ def freeze(model: ATSpikformer) -> Engine:
         blocks.append({**layers, "attn": _neuron(attn.attn_lif)})
     head = {
         "weight": model.head.weight.detach().double().numpy(),
-        "bias": _bias(model.head).numpy(),
+        "bias": fold(model.head, None)[1].numpy(),
     }
     halting = model.halting
     weight, bias = torch.zeros(1, dtype=torch.float64), 0.0
@@ -412,30 +412,6 @@ def _check_model(model: ATSpikformer) -> None:
                 f"{op}: the neurons of q, k and v must have the same settings, "
                 f"got others in block {number}"
             )
-
-
-def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    outputs = layer.weight.shape[0]
-    bias = layer.bias
-    return torch.zeros(outputs, dtype=torch.float64) if bias is None else bias.detach().double()
-
-
-def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
-    """Weight ``[outputs, inputs]`` and bias of a layer with its BatchNorm, float64.
-
-    ``W' = s W`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``. The inputs
-    of a convolution are in the order ``(ky, kx, channel)``.
-    """
-    weight, bias = layer.weight.detach().double(), _bias(layer)
-    if weight.dim() == 4:
-        weight = weight.permute(0, 2, 3, 1).flatten(1)
-    scale = (bn.running_var.double() + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = scale * bn.weight.detach().double()
-    bias = (bias - bn.running_mean.double()) * scale
-    if bn.bias is not None:
-        bias = bias + bn.bias.detach().double()
-    return weight * scale[:, None], bias
 
 
 def _layer(layer: nn.Linear | nn.Conv2d, bn: Any, neuron: Any) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _adjust_attention(attention: Any, tokens: Tensor, rate: float) -> None:
         neuron.v_threshold = -threshold
         return float(attention.attend(q, k, v, Context()).mean())
 
-    neuron.v_threshold = -_bisect(fires, rate, -8.0, -2.0**-6)
+    neuron.v_threshold = -_bisect(fires, rate, -8.0, -(2.0**-6))
 
 
 def _bisect(grows: Callable[[float], float], wanted: float, low: float, high: float) -> float:

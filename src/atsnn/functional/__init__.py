@@ -8,6 +8,7 @@ Formulas live in :mod:`atsnn.reference`; this module checks arguments and choose
 from ..reference import HaltingState, MergePlan
 from .attention import spike_driven_attention, spiking_attention
 from .halting import accumulate, halt, halting_scores, ponder_loss, readout
+from .linear import PackedLinear, pack_linear, pack_spikes, spike_linear_lif, unpack_spikes
 from .merging import firing_counts, match_tokens, merge_tokens, take_rows, unmerge_tokens
 from .neuron import KINDS, neuron
 
@@ -15,6 +16,7 @@ __all__ = [
     "KINDS",
     "HaltingState",
     "MergePlan",
+    "PackedLinear",
     "accumulate",
     "firing_counts",
     "halt",
@@ -22,10 +24,14 @@ __all__ = [
     "match_tokens",
     "merge_tokens",
     "neuron",
+    "pack_linear",
+    "pack_spikes",
     "ponder_loss",
     "readout",
     "spike_driven_attention",
+    "spike_linear_lif",
     "spiking_attention",
     "take_rows",
     "unmerge_tokens",
+    "unpack_spikes",
 ]

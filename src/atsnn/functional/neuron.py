@@ -107,19 +107,45 @@ def neuron(
     check_dtype(op, "x", x)
     if x.dim() < 1:
         raise InvalidValue(f"{op}: x must have shape (T, ...), got a 0-d tensor")
-    check_choice(op, "kind", kind, KINDS)
     check_choice(op, "surrogate", surrogate, reference.SURROGATES)
-    for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
-        if not isinstance(flag, bool):
-            raise InvalidType(f"{op}: {name} must be True or False, got {flag!r}")
+    if not isinstance(detach_reset, bool):
+        raise InvalidType(f"{op}: detach_reset must be True or False, got {detach_reset!r}")
     if x.layout != torch.strided:
         raise InvalidType(f"{op}: x must be a dense tensor, got layout {x.layout}")
-    check_number(op, "v_threshold", v_threshold)
-    if v_reset is not None:
-        check_number(op, "v_reset", v_reset)
     if alpha is None:
         alpha = reference.SURROGATES[surrogate].alpha
     check_number(op, "alpha", alpha, above=0)
+    check_neuron(op, x, kind, tau, inv_tau, v_threshold, v_reset, decay_input)
+    if layout is not None:
+        check_rows(op, "x", x, layout)
+    if v is not None:
+        shape = x.shape[1:] if layout is None else (layout.B, layout.N, x.shape[1])
+        names = "x[0]" if layout is None else "(B, N, C)"
+        check_state(op, v, tuple(shape), names, reference.arithmetic_dtype(x.dtype), x)
+    return ops.neuron(
+        backend, layout, x, v, inv_tau, kind, tau if kind == "lif" else 1.0, float(v_threshold),
+        None if v_reset is None else float(v_reset), decay_input, detach_reset, surrogate,
+        float(alpha),
+    )  # fmt: skip
+
+
+def check_neuron(
+    op: str,
+    x: Tensor,
+    kind: str,
+    tau: float,
+    inv_tau: Tensor | None,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+) -> None:
+    """Check the settings of neurons on the device of ``x``."""
+    check_choice(op, "kind", kind, KINDS)
+    if not isinstance(decay_input, bool):
+        raise InvalidType(f"{op}: decay_input must be True or False, got {decay_input!r}")
+    check_number(op, "v_threshold", v_threshold)
+    if v_reset is not None:
+        check_number(op, "v_reset", v_reset)
     if kind == "plif":
         if inv_tau is None:
             raise InvalidValue(f"{op}: kind='plif' needs inv_tau, a 0-d tensor, got None")
@@ -132,20 +158,16 @@ def neuron(
         raise InvalidValue(f"{op}: inv_tau belongs to kind='plif', got it with kind={kind!r}")
     if kind == "lif":
         check_number(op, "tau", tau, above=1)
-    if layout is not None:
-        check_rows(op, "x", x, layout)
-    if v is not None:
-        check_tensor(op, "v", v)
-        shape = x.shape[1:] if layout is None else (layout.B, layout.N, x.shape[1])
-        if v.shape != torch.Size(shape):
-            names = "x[0]" if layout is None else "(B, N, C)"
-            raise InvalidValue(
-                f"{op}: v must have the shape of {names}, {shape_of(shape)}, got {shape_of(v)}"
-            )
-        check_dtype(op, "v", v, (reference.arithmetic_dtype(x.dtype),))
-        check_device(op, "v", v, "x", x)
-    return ops.neuron(
-        backend, layout, x, v, inv_tau, kind, tau if kind == "lif" else 1.0, float(v_threshold),
-        None if v_reset is None else float(v_reset), decay_input, detach_reset, surrogate,
-        float(alpha),
-    )  # fmt: skip
+
+
+def check_state(
+    op: str, v: Tensor, shape: tuple[int, ...], names: str, dtype: torch.dtype, x: Tensor
+) -> None:
+    """Check an initial membrane potential; ``names`` says what its shape is that of."""
+    check_tensor(op, "v", v)
+    if v.shape != torch.Size(shape):
+        raise InvalidValue(
+            f"{op}: v must have the shape of {names}, {shape_of(shape)}, got {shape_of(v)}"
+        )
+    check_dtype(op, "v", v, (dtype,))
+    check_device(op, "v", v, "x", x)

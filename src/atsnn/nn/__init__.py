@@ -6,6 +6,7 @@ from .halting import Halting
 from .merging import TokenMerge
 from .model import ATSpikformer, create_model
 from .neurons import IF, LIF, PLIF
+from .spike_linear import SpikeLinear
 from .stem import SpikingPatchSplitting
 from .trace import Trace
 
@@ -17,6 +18,7 @@ __all__ = [
     "ATSpikformer",
     "Halting",
     "SpikeDrivenSelfAttention",
+    "SpikeLinear",
     "SpikformerBlock",
     "SpikformerConfig",
     "SpikingPatchSplitting",

@@ -4,6 +4,7 @@ from . import layout
 from .attention import spike_driven_attention, spiking_attention
 from .backends import BACKENDS, available_backends, native_level, resolve_backend, use_backend
 from .halting import halt, halting_scores, readout
+from .linear import pack_linear, pack_spikes, spike_linear_lif, unpack_spikes
 from .merging import firing_counts, match_tokens, merge_tokens, take_rows, unmerge_tokens
 from .neuron import neuron
 
@@ -18,11 +19,15 @@ __all__ = [
     "merge_tokens",
     "native_level",
     "neuron",
+    "pack_linear",
+    "pack_spikes",
     "readout",
     "resolve_backend",
     "spike_driven_attention",
+    "spike_linear_lif",
     "spiking_attention",
     "take_rows",
     "unmerge_tokens",
+    "unpack_spikes",
     "use_backend",
 ]

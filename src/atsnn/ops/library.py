@@ -39,6 +39,11 @@ MERGE = (
 )
 UNMERGE = "Tensor target, Tensor? token, Tensor? offsets, Tensor? to_token, Tensor? to_offsets"
 READOUT = "Tensor x, Tensor w, Tensor? sizes, Tensor? token, Tensor? offsets"
+LINEAR = (
+    "Tensor spikes, Tensor weight, Tensor bias, Tensor? v, Tensor? token, Tensor? offsets, "
+    "int outputs, str kind, float tau, float? inv_tau, float v_threshold, float? v_reset, "
+    "bool decay_input"
+)
 HALT = "Tensor token, Tensor offsets, str accumulator"
 
 SCHEMAS = f"""
@@ -67,6 +72,10 @@ halt(Tensor h, Tensor H, {HALT}, float eps, bool final) -> (Tensor, Tensor, Tens
 halt_backward(Tensor? grad_w, Tensor? grad_H, Tensor last, {HALT}) -> (Tensor, Tensor)
 readout({READOUT}) -> Tensor
 readout_backward(Tensor grad, {READOUT}) -> (Tensor, Tensor)
+pack_spikes(Tensor x) -> Tensor
+unpack_spikes(Tensor bits, int channels) -> Tensor
+pack_linear(Tensor weight, Tensor? bias) -> (Tensor, Tensor)
+spike_linear_lif({LINEAR}) -> (Tensor, Tensor)
 """
 
 # The library must define its schemas before the extension registers kernels for them.

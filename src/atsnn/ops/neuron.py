@@ -13,7 +13,7 @@ from .backends import resolve_backend
 from .library import autograd, composite, fake, layout_of, parts, reference_gradients
 
 
-def _reference(x, v, inv_tau, layout, settings):
+def neuron_reference(x, v, inv_tau, layout, settings):
     """The reference on dense or packed rows."""
     if layout is None:
         return reference.neuron(x, v, inv_tau, *settings)
@@ -32,7 +32,7 @@ def _reference(x, v, inv_tau, layout, settings):
 
 @composite("neuron")
 def _neuron(x, v, inv_tau, token, offsets, *settings):
-    s, v_final = _reference(x, v, inv_tau, layout_of(token, offsets), settings)
+    s, v_final = neuron_reference(x, v, inv_tau, layout_of(token, offsets), settings)
     # An operator must not return one of its inputs, which v is where T = 0.
     return s, v_final.clone() if v_final is v else v_final
 
@@ -41,7 +41,7 @@ def _neuron(x, v, inv_tau, token, offsets, *settings):
 def _neuron_backward(grad_spikes, grad_v, x, v, inv_tau, token, offsets, *settings):
     layout = layout_of(token, offsets)
     return reference_gradients(
-        lambda x, v, inv_tau: _reference(x, v, inv_tau, layout, settings),
+        lambda x, v, inv_tau: neuron_reference(x, v, inv_tau, layout, settings),
         (x, v, inv_tau), (grad_spikes, grad_v),
     )  # fmt: skip
 
@@ -103,5 +103,5 @@ def neuron(
 ) -> tuple[Tensor, Tensor]:
     """The ``neuron`` operator by the chosen backend; settings as in the schema."""
     if resolve_backend("neuron", backend, x.device) == "reference":
-        return _reference(x, v, inv_tau, layout, settings)
+        return neuron_reference(x, v, inv_tau, layout, settings)
     return torch.ops.atsnn.neuron(x, v, inv_tau, *parts(layout), *settings)

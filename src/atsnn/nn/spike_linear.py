@@ -1,0 +1,155 @@
+"""Linear, BatchNorm and neuron as one layer, event-driven in inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..checks import InvalidType, InvalidValue, check_integer, check_tensor, shape_of
+from .neurons import IF, LIF, PLIF, Neuron
+
+
+def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
+    """Weight ``[outputs, inputs]`` and bias of a layer with its BatchNorm, float64.
+
+    ``W' = s W`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``; without a
+    BatchNorm (``None``) those of the layer. The inputs of a convolution are in the order
+    ``(ky, kx, channel)``.
+    """
+    weight = layer.weight.detach().double()
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+    if bn is None:
+        return weight, bias
+    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.detach().double()
+    bias = (bias - bn.running_mean.double()) * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias.detach().double()
+    return weight * scale[:, None], bias
+
+
+class SpikeLinear(nn.Module):
+    """``Linear -> BatchNorm -> neuron``; in inference only the weights of what fired are added.
+
+    Where no gradient is needed, in evaluation mode, on float32 CPU tensors, the three run as one
+    event-driven kernel (:func:`atsnn.functional.spike_linear_lif`) on weights that are folded and
+    packed once; otherwise as the three modules they are.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    bias : bool
+        Whether the linear layer has a bias.
+    norm : bool
+        Whether there is a BatchNorm.
+    neuron : Neuron, optional
+        LIF, IF or PLIF with ``step_mode="m"``; default ``LIF()``. Its membrane is kept from call
+        to call until ``reset()``, as that of a neuron module is.
+
+    Attributes
+    ----------
+    linear, bn, neuron
+        The three modules; :meth:`of` makes a layer of existing ones.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        norm: bool = True,
+        neuron: Neuron | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("SpikeLinear", "in_features", in_features, at_least=1)
+        check_integer("SpikeLinear", "out_features", out_features, at_least=1)
+        self._set(
+            nn.Linear(in_features, out_features, bias=bias),
+            nn.BatchNorm1d(out_features) if norm else None,
+            LIF() if neuron is None else neuron,
+        )
+
+    @classmethod
+    def of(cls, linear: nn.Linear, bn: nn.BatchNorm1d | None, neuron: Neuron) -> SpikeLinear:
+        """A layer made of these modules, which it shares."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set(linear, bn, neuron)
+        return layer
+
+    def _set(self, linear: nn.Linear, bn: nn.BatchNorm1d | None, neuron: Neuron) -> None:
+        op = "SpikeLinear"
+        for name, module, kinds in (
+            ("linear", linear, (nn.Linear,)), ("bn", bn, (nn.BatchNorm1d, type(None))),
+            ("neuron", neuron, (LIF, IF, PLIF)),
+        ):  # fmt: skip
+            if not isinstance(module, kinds):
+                names = ", ".join("None" if k is type(None) else k.__name__ for k in kinds)
+                raise InvalidType(f"{op}: {name} must be of {names}, got {type(module).__name__}")
+        if bn is not None and bn.num_features != linear.out_features:
+            raise InvalidValue(
+                f"{op}: bn must have the {linear.out_features} features of linear, "
+                f"got {bn.num_features}"
+            )
+        if neuron.step_mode != "m":
+            raise InvalidValue(f"{op}: neuron must have step_mode='m', got {neuron.step_mode!r}")
+        self.linear, self.bn, self.neuron = linear, bn, neuron
+        self._packed: tuple[tuple[Any, ...], F.PackedLinear] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes ``[T, ..., in_features]`` to spikes ``[T, ..., out_features]``."""
+        op = "SpikeLinear"
+        check_tensor(op, "x", x)
+        if x.dim() < 2 or x.shape[-1] != self.linear.in_features:
+            raise InvalidValue(
+                f"{op}: x must have shape (T, ..., {self.linear.in_features}), got {shape_of(x)}"
+            )
+        if not self._event_driven(x):
+            y = self.linear(x)
+            if self.bn is not None:
+                y = self.bn(y.flatten(0, -2)).view(y.shape)
+            return self.neuron(y)
+        settings = self.neuron._settings()
+        found = F.spike_linear_lif(
+            x, self._weights(), v=self.neuron.v, kind=self.neuron.kind,
+            v_threshold=self.neuron.v_threshold, v_reset=self.neuron.v_reset, return_state=True,
+            **settings,
+        )  # fmt: skip
+        spikes, self.neuron.v = found
+        return spikes
+
+    def reset(self) -> None:
+        """Forget the membrane; the next call starts at rest."""
+        self.neuron.reset()
+
+    def _event_driven(self, x: Tensor) -> bool:
+        weight = self.linear.weight
+        needs_gradient = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        return (
+            not self.training and not needs_gradient and not torch.compiler.is_compiling()
+            and x.device.type == weight.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and (self.bn is None or self.bn.running_mean is not None)
+        )  # fmt: skip
+
+    def _weights(self) -> F.PackedLinear:
+        """Folded and packed, again only after a parameter or a statistic changed."""
+        tensors = [*self.linear.parameters(), *(() if self.bn is None else self.bn.parameters())]
+        tensors += [] if self.bn is None else list(self.bn.buffers())
+        key = tuple((t.data_ptr(), t._version) for t in tensors)
+        if self._packed is None or self._packed[0] != key:
+            weight, bias = (t.to(torch.float32) for t in fold(self.linear, self.bn))
+            self._packed = key, F.pack_linear(weight, bias)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # made again where it is needed
