@@ -357,11 +357,11 @@ def freeze(model: ATSpikformer) -> Engine:
     )
 
 
-KNOWN: tuple[type[nn.Module], ...] = (
+KNOWN: list[type[nn.Module]] = [
     ATSpikformer, SpikingPatchSplitting, SpikformerBlock, SpikingSelfAttention,
     SpikeDrivenSelfAttention, MLP, Halting, TokenMerge, Head, nn.ModuleList, nn.Linear, nn.Conv2d,
     nn.BatchNorm1d, nn.BatchNorm2d, LIF, IF, PLIF,
-)  # fmt: skip
+]  # fmt: skip
 
 
 def _check_model(model: ATSpikformer) -> None:
