@@ -26,6 +26,7 @@ from atsnn.compare import compare_engine
 from atsnn.data import load
 from atsnn.engine import KNOWN, PARTS, levels
 from atsnn.firing import set_firing_rates
+from atsnn.schedule import scheduled, synthetic_depths, synthetic_scores
 from atsnn.testing import exact_images, exact_model
 
 SAME = (
@@ -305,6 +306,26 @@ def test_trace_holds_cost_seconds_and_rows():
 def test_repr_names_what_it_is():
     text = repr(atsnn.freeze(exact_model(small("rectangle"))))
     assert "Spikformer-3-32" in text and "rectangle" in text and levels()[-1] in text
+
+
+@pytest.mark.parametrize("accumulator", ["rectangle", "depth"])
+def test_given_scores_are_gone_by(accumulator):
+    """As `scheduled` does it to the model."""
+    config = atsnn.SpikformerConfig(**SMALL, halting=accumulator)
+    model = exact_model(config)
+    images = exact_images(config, 3)
+    depths = synthetic_depths(config.depth, config.T, 3, config.grid**2, 0.6)
+    scores = synthetic_scores(depths, config.depth)
+    engine = atsnn.freeze(model)
+    for execution in ("packed", "masked"):
+        got = engine(images, return_trace=True, scores=scores, execution=execution)
+        assert_same(got, traced(scheduled(model, scores), images))
+        assert torch.equal(got.depth, depths)
+    with pytest.raises(InvalidValue, match="scores must have shape"):
+        engine(images, scores=scores[1:])
+    plain = atsnn.freeze(model.without_halting())
+    with pytest.raises(InvalidValue, match="halts by 'rectangle' or 'depth', got halting=None"):
+        plain(images, scores=scores)
 
 
 # -- life -----------------------------------------------------------------------------------------

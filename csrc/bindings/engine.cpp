@@ -173,7 +173,9 @@ py::dict run(Engine& engine, const Array<float>& images, bool still, int64_t T,
                     pointer<float>(arrays, "block_sizes"), pointer<float>(arrays, "sizes"),
                     pointer<int64_t>(arrays, "depth"),     pointer<int64_t>(arrays, "source")};
   Signals signals;
-  Engine::Options options{kernels_of(level_name), threads, masked, state};
+  Engine::Options options{kernels_of(level_name), threads, masked};
+  options.state = state;
+  options.scores = pointer<float>(arrays, "given_scores");
   options.stop = [&] { return signals(); };
   if (!record.is_none()) {
     options.record = [&](const Recorded& r) {

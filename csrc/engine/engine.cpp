@@ -493,6 +493,7 @@ class Pass {
     uint8_t* last = ws_.last.reserve(rows);
     const float* x = halts || final ? float_rows(ws_.active) : nullptr;
     if (halts) score(x, rows, h);
+    if (options_.scores) take_given_scores(l, layout, h);
     HaltForward step{h,
                      ws_.H.data(),
                      layout,
@@ -522,6 +523,17 @@ class Pass {
       for (int64_t i = 0; i < B_ * C_; ++i) features[i] += read[i];
     }
     if (out_.trace()) trace_block(l, layout, h, w, last);
+  }
+
+  void take_given_scores(int64_t l, const Layout& layout, float* h) const {
+    for (int64_t t = 0; t < layout.T; ++t) {
+      const float* given = options_.scores + ((l * T_ + t) * images_.B + b0_) * N_;
+      for (int64_t b = 0; b < B_; ++b) {
+        for (int64_t r = 0; r < layout.count(t, b); ++r) {
+          h[layout.start(t, b) + r] = given[b * N_ + layout.token_at(b, r)];
+        }
+      }
+    }
   }
 
   // Rows of one layout into the arrays of the whole batch, from timestep `t0` on.

@@ -142,8 +142,9 @@ class Engine {
   struct Options {
     const Kernels* kernels;
     int threads;
-    bool masked;         // compute every cell and zero the halted ones; the same numbers
-    StreamState* state;  // null: every neuron starts at rest, nothing is kept
+    bool masked;                    // compute every cell and zero the halted ones; the same numbers
+    const float* scores = nullptr;  // [L, T, B, N] instead of the model's own; those are computed
+    StreamState* state = nullptr;   // null: every neuron starts at rest, nothing is kept
     std::function<void(const Recorded&)> record = nullptr;  // called on the calling thread
     std::function<bool()> stop =
         nullptr;  // asked now and then, on the calling thread; true throws Stopped

@@ -10,7 +10,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import BackendError, InvalidType, InvalidValue, check_choice, check_finite, shape_of
+from .checks import (
+    BackendError,
+    InvalidType,
+    InvalidValue,
+    check_choice,
+    check_dtype,
+    check_finite,
+    check_shape,
+    check_tensor,
+    shape_of,
+)
 from .cost import Cost, Parts, cost_of_trace
 from .functional.linear import MOST_INPUTS, MOST_TIMESTEPS
 from .nn.blocks import MLP, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
@@ -117,6 +127,7 @@ class Engine:
         *,
         execution: str = "packed",
         state: EngineState | None = None,
+        scores: Tensor | None = None,
         level: str | None = None,
         record: Callable[[tuple[Any, ...]], None] | None = None,
     ) -> Tensor | EngineTrace:
@@ -136,6 +147,9 @@ class Engine:
             Go on from it, and leave in it what comes next: ``T`` calls with one timestep each
             give what one call with ``T`` timesteps gives. The logits are those of all timesteps
             so far. Not with merging, whose decision needs all timesteps.
+        scores : Tensor, optional
+            ``[L, T, B, N]`` float32 halting scores to go by; the model's own are computed all the
+            same. For measuring what halting saves: see :mod:`atsnn.schedule`.
         level : str, optional
             Instruction set, one of :func:`levels`; the same bits on each.
         record : callable, optional
@@ -157,6 +171,8 @@ class Engine:
         if state is not None:
             self._check_state(state, B)
         L, N = c.depth, c.grid**2
+        if scores is not None:
+            self._check_scores(scores, L, T, B, N)
         arrays: dict[str, Tensor] = {"logits": x.new_empty(B, c.num_classes)}
         if return_trace:
             cells = (L, T, B, N)
@@ -167,9 +183,11 @@ class Engine:
                 "depth": torch.empty((T, B, N), dtype=torch.int64),
                 "source": torch.empty((B, N), dtype=torch.int64),
             }  # fmt: skip
+        if scores is not None:
+            arrays["given_scores"] = scores.detach().contiguous()
+        views = {name: array.numpy() for name, array in arrays.items()}
         report = self._compiled.run(
-            x.detach().contiguous().numpy(), still, T,
-            {name: array.numpy() for name, array in arrays.items()}, execution == "masked",
+            x.detach().contiguous().numpy(), still, T, views, execution == "masked",
             torch.get_num_threads(), None if state is None else state._state, level, record,
         )  # fmt: skip
         if not return_trace:
@@ -214,6 +232,18 @@ class Engine:
             raise InvalidValue(
                 f"Engine: images must be as many as those of the state, {state.batch}, got {B}"
             )
+
+    def _check_scores(self, scores: Tensor, L: int, T: int, B: int, N: int) -> None:
+        if self.config.halting not in ("rectangle", "depth"):
+            raise InvalidValue(
+                "Engine: scores can be given to a model that halts by 'rectangle' or 'depth', "
+                f"got halting={self.config.halting!r}"
+            )
+        check_shape(
+            "Engine", "scores", check_tensor("Engine", "scores", scores), L=L, T=T, B=B, N=N
+        )
+        check_dtype("Engine", "scores", scores, (torch.float32,))
+        check_finite("Engine", "scores", scores)
 
     def _trace(
         self, arrays: dict[str, Tensor], report: dict[str, Any], T: int, B: int, N: int,

@@ -117,7 +117,7 @@ class ATSpikformer(nn.Module):
         plain._modules = dict(self._modules)
         plain.config = self.config.replace(halting=None, merge_r=0, merge_threshold=None)
         plain.halting = None
-        plain.merge = nn.ModuleList()
+        plain.merge = nn.ModuleList().train(self.training)
         return plain
 
     def save_pretrained(self, folder: str | Path) -> Path:
