@@ -276,6 +276,8 @@ ATSNN_INSTANTIATE(double)
 ATSNN_INSTANTIATE(bfloat16)
 ATSNN_INSTANTIATE(float16)
 #undef ATSNN_INSTANTIATE
+template void readout_forward<uint8_t>(const Readout<uint8_t>&, double*, int64_t, int64_t);
+template void scores_forward<uint8_t>(const Scores<uint8_t>&, float*, int64_t, int64_t);
 template void dots<float>(const float*, const float* const*, int64_t, int64_t, double*);
 template void dots<double>(const double*, const double* const*, int64_t, int64_t, double*);
 

@@ -39,6 +39,7 @@ inline float bits_float(uint32_t u) {
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
+inline float widen(uint8_t x) { return x; }  // small integers, for reading only
 
 inline float widen(bfloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 

@@ -80,7 +80,7 @@ struct Workspace {
   Buffer<uint64_t> map[2], tokens, qkv, attended, branch, hidden;
   // The residual stream: integers, until a merge makes means of them.
   Buffer<uint8_t> counts, counts_next, all_counts;
-  Buffer<float> values, values_next, rows;  // rows: the active ones as floats
+  Buffer<float> values, values_next;
   OwnedLayout full, active, next;
   Columns columns;
   Buffer<int64_t> cell, scratch, index, steps, target, source, order, partner;
@@ -420,31 +420,56 @@ class Pass {
     return sum;
   }
 
-  // The active rows as floats.
-  const float* float_rows(const OwnedLayout& active) {
-    if (floats_ && !cell_) return ws_.values.data();
+  // The active rows, as the residual stream has them: integers, or floats.
+  struct Rows {
+    const uint8_t* bytes;
+    const float* floats;
+  };
+
+  Rows active_rows(const OwnedLayout& active) {
+    if (!cell_) return {floats_ ? nullptr : ws_.counts.data(), ws_.values.data()};
     const int64_t rows = active.view.rows();
-    float* out = ws_.rows.reserve(rows * C_);
+    uint8_t* bytes = floats_ ? nullptr : ws_.counts_next.reserve(rows * C_);
+    float* floats = floats_ ? ws_.values_next.reserve(rows * C_) : nullptr;
+    copy_rows(cell_, rows, bytes, floats);
+    return {bytes, floats};
+  }
+
+  // Rows of the residual stream by their index.
+  void copy_rows(const int64_t* index, int64_t rows, uint8_t* bytes, float* floats) {
     parallel(threads(), (rows + rows_a_task - 1) / rows_a_task, [&](int64_t task, int) {
       const int64_t end = std::min(rows, (task + 1) * rows_a_task);
       for (int64_t r = task * rows_a_task; r < end; ++r) {
-        const int64_t from = cell_ ? cell_[r] : r;
-        if (floats_) {
-          std::copy_n(ws_.values.data() + from * C_, C_, out + r * C_);
+        if (bytes) {
+          std::copy_n(ws_.counts.data() + index[r] * C_, C_, bytes + r * C_);
         } else {
-          const uint8_t* x = ws_.counts.data() + from * C_;
-          for (int64_t i = 0; i < C_; ++i) out[r * C_ + i] = x[i];
+          std::copy_n(ws_.values.data() + index[r] * C_, C_, floats + r * C_);
         }
       }
     });
-    return out;
   }
 
-  void score(const float* rows, int64_t n, float* h) {
-    const Scores<float> scores{rows, c_.score, net_.score_weight.data(), net_.score_bias, C_};
+  void score(Rows x, int64_t n, float* h) {
+    const double* const weight = net_.score_weight.data();
+    const Scores<uint8_t> of_bytes{x.bytes, c_.score, weight, net_.score_bias, C_};
+    const Scores<float> of_floats{x.floats, c_.score, weight, net_.score_bias, C_};
     parallel(threads(), (n + rows_a_task - 1) / rows_a_task, [&](int64_t task, int) {
-      k_.scores(scores, h, task * rows_a_task, std::min(n, (task + 1) * rows_a_task));
+      const int64_t begin = task * rows_a_task, end = std::min(n, begin + rows_a_task);
+      x.bytes ? k_.scores_of_bytes(of_bytes, h, begin, end) : k_.scores(of_floats, h, begin, end);
     });
+  }
+
+  // Adds sum of w * x over the rows to the features.
+  void read(Rows x, const float* w, const Layout& layout, double* features) {
+    double* sums = ws_.read.reserve(B_ * C_);
+    const float* sizes = c_.merging ? ws_.sizes.data() : nullptr;
+    const Readout<uint8_t> of_bytes{x.bytes, w, sizes, layout, C_};
+    const Readout<float> of_floats{x.floats, w, sizes, layout, C_};
+    parallel(threads(), B_ * channel_tiles(C_), [&](int64_t item, int) {
+      x.bytes ? k_.readout_of_bytes(of_bytes, sums, item, item + 1)
+              : k_.readout(of_floats, sums, item, item + 1);
+    });
+    for (int64_t i = 0; i < B_ * C_; ++i) features[i] += sums[i];
   }
 
   void write_logits(const double* total, double cells) {
@@ -491,7 +516,7 @@ class Pass {
     float* h = ws_.h.reserve_zeros(rows);
     float* w = ws_.w.reserve(rows);
     uint8_t* last = ws_.last.reserve(rows);
-    const float* x = halts || final ? float_rows(ws_.active) : nullptr;
+    const Rows x = halts || final ? active_rows(ws_.active) : Rows{};
     if (halts) score(x, rows, h);
     if (options_.scores) take_given_scores(l, layout, h);
     HaltForward step{h,
@@ -516,11 +541,7 @@ class Pass {
         used = ws_.used.reserve(rows);
         std::copy_n(last, rows, used);
       }
-      double* read = ws_.read.reserve(B_ * C_);
-      const Readout<float> readout{x, used, c_.merging ? ws_.sizes.data() : nullptr, layout, C_};
-      parallel(threads(), B_ * channel_tiles(C_),
-               [&](int64_t item, int) { k_.readout(readout, read, item, item + 1); });
-      for (int64_t i = 0; i < B_ * C_; ++i) features[i] += read[i];
+      read(x, used, layout, features);
     }
     if (out_.trace()) trace_block(l, layout, h, w, last);
   }
@@ -591,18 +612,8 @@ class Pass {
   }
 
   void take_rows(const int64_t* index, int64_t rows) {
-    uint8_t* bytes = floats_ ? nullptr : ws_.counts_next.reserve(rows * C_);
-    float* floats = floats_ ? ws_.values_next.reserve(rows * C_) : nullptr;
-    parallel(threads(), (rows + rows_a_task - 1) / rows_a_task, [&](int64_t task, int) {
-      const int64_t end = std::min(rows, (task + 1) * rows_a_task);
-      for (int64_t r = task * rows_a_task; r < end; ++r) {
-        if (floats_) {
-          std::copy_n(ws_.values.data() + index[r] * C_, C_, floats + r * C_);
-        } else {
-          std::copy_n(ws_.counts.data() + index[r] * C_, C_, bytes + r * C_);
-        }
-      }
-    });
+    copy_rows(index, rows, floats_ ? nullptr : ws_.counts_next.reserve(rows * C_),
+              floats_ ? ws_.values_next.reserve(rows * C_) : nullptr);
     std::swap(ws_.counts, ws_.counts_next);
     std::swap(ws_.values, ws_.values_next);
   }
@@ -727,7 +738,7 @@ class Pass {
       float* h = ws_.h.reserve(rows);
       float* w = ws_.w.reserve(rows);
       uint8_t* last = ws_.last.reserve(rows);
-      const float* x = float_rows(ws_.active);
+      const Rows x = active_rows(ws_.active);
       score(x, rows, h);
       const bool final = l + 1 == c_.depth;
       std::fill_n(steps, tokens, 0);
@@ -741,7 +752,7 @@ class Pass {
           before[token] += h[row];
           const double used = c_.mean_field ? w[row] : last[row];
           double* sum = features + token * C_;
-          for (int64_t c = 0; used != 0 && c < C_; ++c) sum[c] += used * x[row * C_ + c];
+          for (int64_t c = 0; used != 0 && c < C_; ++c) sum[c] += used * x.bytes[row * C_ + c];
         }
       }
       if (out_.trace()) trace_block(l, layout, h, w, last, t);

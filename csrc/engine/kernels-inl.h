@@ -405,7 +405,9 @@ const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
     ATSNN_LEVEL::pack,
     ATSNN_LEVEL::unpack,
     ATSNN_LEVEL::scores_forward<float>,
+    ATSNN_LEVEL::scores_forward<uint8_t>,
     ATSNN_LEVEL::readout_forward<float>,
+    ATSNN_LEVEL::readout_forward<uint8_t>,
     ATSNN_LEVEL::combine_rows<float>,
     ATSNN_LEVEL::dots<float>,
 };

@@ -91,7 +91,9 @@ struct Kernels {
   void (*unpack)(const uint64_t* bits, int64_t n, float* x);
   // The row kernels that the operators run too (rows.h).
   void (*scores)(const Scores<float>&, float* h, int64_t begin, int64_t end);
+  void (*scores_of_bytes)(const Scores<uint8_t>&, float* h, int64_t begin, int64_t end);
   void (*readout)(const Readout<float>&, double* out, int64_t begin, int64_t end);
+  void (*readout_of_bytes)(const Readout<uint8_t>&, double* out, int64_t begin, int64_t end);
   void (*combine_rows)(const CombineRows<float>&, int64_t begin, int64_t end);
   Dots<float> dots;
 };
