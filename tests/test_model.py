@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from judge import carry_over
 from spikingjelly.activation_based.model.spikformer import Spikformer, spikformer_cifar10
 from torch import nn
 
@@ -32,40 +33,6 @@ VARIANTS = {
 
 def small(variant: str) -> atsnn.SpikformerConfig:
     return atsnn.SpikformerConfig(**SMALL, **VARIANTS[variant])
-
-
-def carry_over(ours: atsnn.ATSpikformer, theirs: Spikformer) -> None:
-    """Our weights into SpikingJelly's model, whose q, k and v are one convolution."""
-
-    def linear(target: nn.Module, *sources: nn.Module) -> None:
-        target.weight.copy_(torch.cat([s.weight for s in sources]).view_as(target.weight))
-        assert all(s.bias is None for s in sources)
-
-    def norm(target: nn.Module, *sources: nn.Module) -> None:
-        target.eps = sources[0].eps
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(target, name).copy_(torch.cat([getattr(s, name) for s in sources]))
-
-    with torch.no_grad():
-        stem = ours.patch_embed
-        for number, stage in enumerate(theirs.patch_embed.stages):
-            suffix = str(number) if number else ""
-            stage.conv_bn.block[0].weight.copy_(getattr(stem, f"proj_conv{suffix}").weight)
-            norm(stage.conv_bn.block[1], getattr(stem, f"proj_bn{suffix}"))
-        position = theirs.patch_embed.positional_encoding.conv_bn.block
-        position[0].weight.copy_(stem.rpe_conv.weight)
-        norm(position[1], stem.rpe_bn)
-        for block, other in zip(ours.block, theirs.blocks, strict=True):
-            a, b = block.attn, other.attn
-            linear(b.qkv_conv_bn[0], a.q_linear, a.k_linear, a.v_linear)
-            norm(b.qkv_conv_bn[1], a.q_bn, a.k_bn, a.v_bn)
-            linear(b.proj_conv_bn[0], a.proj_linear)
-            norm(b.proj_conv_bn[1], a.proj_bn)
-            for name in ("fc1", "fc2"):
-                linear(getattr(other.mlp, name)[0], getattr(block.mlp, f"{name}_linear"))
-                norm(getattr(other.mlp, name)[1], getattr(block.mlp, f"{name}_bn"))
-        theirs.head.weight.copy_(ours.head.weight)
-        theirs.head.bias.copy_(ours.head.bias)
 
 
 def test_halting_off_is_spikingjellys_spikformer_bit_for_bit():
