@@ -35,6 +35,12 @@ const std::string& described();
 
 inline std::string shown(int64_t x) { return std::to_string(x); }
 inline std::string shown(uint8_t x) { return std::to_string(x); }
+inline std::string shown(uint16_t x) { return std::to_string(x); }
+inline std::string shown(uint64_t x) {  // spikes
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%016llx", static_cast<unsigned long long>(x));
+  return text;
+}
 inline std::string shown(double x) {
   char text[64];
   std::snprintf(text, sizeof text, "%.17g (%a)", x, x);

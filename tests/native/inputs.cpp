@@ -61,8 +61,8 @@ Cells make_cells(int64_t T, int64_t B, int64_t N, const std::vector<int64_t>& st
               false,
               steps,
               std::vector<int64_t>(T * B * N, -1),
-              Buffer<int64_t>(B * N),
-              Buffer<int64_t>(T * B + 1)};
+              Array<int64_t>(B * N),
+              Array<int64_t>(T * B + 1)};
   for (int64_t b = 0; b < B; ++b) {
     std::vector<int64_t> order(N);
     std::iota(order.begin(), order.end(), 0);

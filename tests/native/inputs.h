@@ -33,25 +33,25 @@ class Random {
 // Exactly n elements on the heap, so that the first one beside them is noticed; null if there are
 // none, as an empty tensor is. What nobody wrote is not a number or, of integers, an odd one.
 template <class T>
-class Buffer {
+class Array {
  public:
-  explicit Buffer(int64_t n = 0, size_t alignment = 16) : n_(n) {
+  explicit Array(int64_t n = 0, size_t alignment = 16) : n_(n) {
     if (n == 0) return;
     void* memory = nullptr;
     if (posix_memalign(&memory, alignment, n * sizeof(T))) throw std::bad_alloc();
     std::memset(memory, std::is_integral<T>::value ? 0x5a : 0xff, n * sizeof(T));
     p_ = static_cast<T*>(memory);
   }
-  explicit Buffer(const std::vector<T>& from) : Buffer(from.size()) {
+  explicit Array(const std::vector<T>& from) : Array(from.size()) {
     for (int64_t i = 0; i < n_; ++i) p_[i] = from[i];
   }
-  Buffer(Buffer&& from) noexcept { *this = std::move(from); }
-  Buffer& operator=(Buffer&& from) noexcept {
+  Array(Array&& from) noexcept { *this = std::move(from); }
+  Array& operator=(Array&& from) noexcept {
     std::swap(p_, from.p_);
     std::swap(n_, from.n_);
     return *this;
   }
-  ~Buffer() { std::free(p_); }
+  ~Array() { std::free(p_); }
   T* data() { return p_; }
   const T* data() const { return p_; }
   int64_t size() const { return n_; }
@@ -64,7 +64,7 @@ class Buffer {
 };
 
 template <class T>
-std::vector<T> copied(const Buffer<T>& from) {
+std::vector<T> copied(const Array<T>& from) {
   return std::vector<T>(from.data(), from.data() + from.size());
 }
 
@@ -109,8 +109,8 @@ enum class Values { spikes, integers, reals };
 double random_value(Random& random, Values values);
 
 template <class S>
-Buffer<S> random_buffer(Random& random, int64_t n, Values values) {
-  Buffer<S> buffer(n);
+Array<S> random_buffer(Random& random, int64_t n, Values values) {
+  Array<S> buffer(n);
   for (int64_t i = 0; i < n; ++i) buffer[i] = stored<S>(random_value(random, values));
   return buffer;
 }
@@ -125,7 +125,7 @@ constexpr double sum_error = std::is_same<S, double>::value ? 1e-11 : 2e-5;
 
 // Bit for bit where every sum is exact, otherwise up to errors relative to the largest value.
 template <class S>
-void check_values(const char* file, int line, const char* name, const Buffer<S>& got,
+void check_values(const char* file, int line, const char* name, const Array<S>& got,
                   const std::vector<double>& want, bool exact) {
   if (exact) {
     std::vector<S> rounded;
@@ -142,7 +142,7 @@ void check_values(const char* file, int line, const char* name, const Buffer<S>&
 template <class T>
 class SameAtAllLevels {
  public:
-  void check(const char* file, int line, const char* name, const Buffer<T>& got) {
+  void check(const char* file, int line, const char* name, const Array<T>& got) {
     if (known_) return check_same(file, line, name, got, first_);
     first_ = copied(got);
     known_ = true;
@@ -160,7 +160,7 @@ struct Cells {
   bool dense = false;          // the layout's token is null
   std::vector<int64_t> steps;  // [B, N], active timesteps of each token
   std::vector<int64_t> row;    // [T, B, N], -1 where a cell is not active
-  Buffer<int64_t> token, offsets;
+  Array<int64_t> token, offsets;
 
   Layout layout() const { return {T, B, N, offsets.data(), dense ? nullptr : token.data()}; }
   int64_t at(int64_t t, int64_t b, int64_t k) const { return row[(t * B + b) * N + k]; }
@@ -192,7 +192,7 @@ std::string shown(const Cells& cells);
 // [B, N]: how many tokens each one stands for; null for all 1.
 struct Sizes {
   std::vector<float> value;
-  Buffer<float> buffer;
+  Array<float> buffer;
   bool given;
 
   Sizes(Random& random, const Cells& cells);

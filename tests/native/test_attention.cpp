@@ -12,10 +12,10 @@ constexpr int cases = 200;
 // Rows as the kernels read them, and their values.
 template <class S>
 struct Rows {
-  Buffer<S> buffer;
+  Array<S> buffer;
   std::vector<double> value;
 
-  explicit Rows(Buffer<S> x) : buffer(std::move(x)) {
+  explicit Rows(Array<S> x) : buffer(std::move(x)) {
     for (int64_t i = 0; i < buffer.size(); ++i) value.push_back(widen(buffer[i]));
   }
   const S* data() const { return buffer.data(); }
@@ -53,8 +53,8 @@ struct AttentionCase {
   }
   int64_t elements() const { return cells.rows * C; }
   int64_t items() const { return cells.layout().runs() * heads; }
-  Buffer<char> scratch(bool backward) const {
-    return Buffer<char>(attention_scratch<S>(cells.most_in_a_run(), d, backward), 64);
+  Array<char> scratch(bool backward) const {
+    return Array<char>(attention_scratch<S>(cells.most_in_a_run(), d, backward), 64);
   }
 
   // Calls f(i, j, size of j, first channel) for every pair of rows of a run and every head.
@@ -106,7 +106,7 @@ TEST(attention) {
     SameAtAllLevels<S> first;
     for (Level level : levels()) {
       describe(name + ", " + level_name(level));
-      Buffer<S> out(c.elements());
+      Array<S> out(c.elements());
       const AttentionForward<S> a{c.q.data(), c.k.data(),     c.v.data(),
                                   out.data(), c.sizes.data(), c.cells.layout(),
                                   c.C,        c.heads,        c.scale};
@@ -138,7 +138,7 @@ TEST(attention_backward) {
     SameAtAllLevels<S> first_q, first_k, first_v;
     for (Level level : levels()) {
       describe(name + ", " + level_name(level));
-      Buffer<S> grad_q(c.elements()), grad_k(c.elements()), grad_v(c.elements());
+      Array<S> grad_q(c.elements()), grad_k(c.elements()), grad_v(c.elements());
       const AttentionBackward<S> a{c.q.data(),       c.k.data(),    c.v.data(),    c.grad.data(),
                                    grad_q.data(),    grad_k.data(), grad_v.data(), c.sizes.data(),
                                    c.cells.layout(), c.C,           c.heads,       c.scale};
@@ -157,21 +157,21 @@ TEST(attention_backward) {
 }
 
 // All ones, [n, heads * d], but for one element that may differ.
-Buffer<float> ones(int64_t n, int64_t C, int64_t at, float x) {
-  Buffer<float> buffer(n * C);
+Array<float> ones(int64_t n, int64_t C, int64_t at, float x) {
+  Array<float> buffer(n * C);
   std::fill_n(buffer.data(), n * C, 1.0f);
   buffer[at] = x;
   return buffer;
 }
 
-void check_ones(int64_t n, int64_t d, const Buffer<float>& q, const Buffer<float>& k,
-                const Buffer<float>& v, const std::vector<float>& want) {
+void check_ones(int64_t n, int64_t d, const Array<float>& q, const Array<float>& k,
+                const Array<float>& v, const std::vector<float>& want) {
   const Cells cells = dense_cells(1, 1, n);
   const int64_t heads = q.size() / (n * d);
   for (Level level : levels()) {
     describe("d = " + std::to_string(d) + ", n = " + std::to_string(n) + ", " + level_name(level));
-    Buffer<float> out(q.size());
-    Buffer<char> scratch(attention_scratch<float>(n, d, false), 64);
+    Array<float> out(q.size());
+    Array<char> scratch(attention_scratch<float>(n, d, false), 64);
     const AttentionForward<float> a{q.data(),       k.data(),  v.data(), out.data(), nullptr,
                                     cells.layout(), heads * d, heads,    1.0};
     AT_LEVEL(level, attention_forward<float>(a, scratch.data(), 0, heads));

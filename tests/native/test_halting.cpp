@@ -8,8 +8,8 @@ namespace {
 constexpr int cases = 2000;
 
 // Multiples of 2^-18, as scores are, so that every sum is exact.
-Buffer<float> scores(Random& random, int64_t n, double most) {
-  Buffer<float> buffer(n);
+Array<float> scores(Random& random, int64_t n, double most) {
+  Array<float> buffer(n);
   for (int64_t i = 0; i < n; ++i)
     buffer[i] = std::nearbyint(random.uniform(0, most * 0x1p18)) * 0x1p-18;
   return buffer;
@@ -23,9 +23,9 @@ TEST(halting_step) {
     const float threshold = random.pick({0.99f, 0.5f, 0.0f, 100.0f});
     describe("case " + std::to_string(i) + ": " + shown(cells));
     const auto h = scores(random, cells.rows, 0.7), H = scores(random, cells.rows, 1.0);
-    Buffer<float> w(cells.rows), H_after(cells.rows), scratch(2 * cells.N);
-    Buffer<uint8_t> last(cells.rows);
-    Buffer<int64_t> active_steps(cells.B * cells.N);
+    Array<float> w(cells.rows), H_after(cells.rows), scratch(2 * cells.N);
+    Array<uint8_t> last(cells.rows);
+    Array<int64_t> active_steps(cells.B * cells.N);
     halt_step({h.data(), H.data(), cells.layout(), over_time, threshold, final, w.data(),
                last.data(), H_after.data(), active_steps.data()},
               scratch.data());
@@ -64,9 +64,9 @@ TEST(halting_step_backward) {
     describe("case " + std::to_string(i) + ": " + shown(cells));
     const auto grad_w = random_buffer<float>(random, cells.rows, Values::integers);
     const auto grad_H = random_buffer<float>(random, cells.rows, Values::integers);
-    Buffer<uint8_t> last(cells.rows);
+    Array<uint8_t> last(cells.rows);
     for (int64_t r = 0; r < cells.rows; ++r) last[r] = random.chance(0.4);
-    Buffer<float> grad_h(cells.rows), grad_before(cells.rows), scratch(cells.N);
+    Array<float> grad_h(cells.rows), grad_before(cells.rows), scratch(cells.N);
     halt_step_backward({with_w ? grad_w.data() : nullptr, with_H ? grad_H.data() : nullptr,
                         last.data(), cells.layout(), over_time, grad_h.data(), grad_before.data()},
                        scratch.data());

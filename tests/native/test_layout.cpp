@@ -10,7 +10,7 @@ namespace {
 constexpr int cases = 1000, corruptions = 40000;
 
 std::string error_of(const Layout& layout, int64_t rows) {
-  Buffer<int64_t> scratch(layout.N);
+  Array<int64_t> scratch(layout.N);
   return layout_error(layout, rows, scratch.data());
 }
 
@@ -31,7 +31,7 @@ TEST(layout_accepted) {
     CHECK(error_of(layout, cells.rows) == "");
     CHECK(layout.rows() == cells.rows);
 
-    Buffer<int64_t> rank(cells.B * cells.N), cell(cells.rows);
+    Array<int64_t> rank(cells.B * cells.N), cell(cells.rows);
     token_ranks(layout, rank.data());
     CHECK_SAME(rank, ranks_of(cells));
     row_cells(layout, cell.data());
@@ -54,8 +54,8 @@ TEST(layout_rank_tokens) {
     const Cells any = random_cells(random);
     const Cells cells = make_cells(any.T, any.B, any.N, any.steps, nullptr);
     describe("case " + std::to_string(i) + ": " + shown(cells));
-    const Buffer<int64_t> steps(cells.steps);
-    Buffer<int64_t> token(cells.B * cells.N), offsets(cells.T * cells.B + 1), scratch(cells.T + 2);
+    const Array<int64_t> steps(cells.steps);
+    Array<int64_t> token(cells.B * cells.N), offsets(cells.T * cells.B + 1), scratch(cells.T + 2);
     rank_tokens(steps.data(), cells.T, cells.B, cells.N, token.data(), offsets.data(),
                 scratch.data());
     CHECK_SAME(token, copied(cells.token));
@@ -78,8 +78,8 @@ TEST(layout_find_rows) {
     each_cell(to,
               [&](int64_t t, int64_t b, int64_t k, int64_t row) { want[row] = from.at(t, b, k); });
     const bool all = std::find(want.begin(), want.end(), -1) == want.end();
-    const Buffer<int64_t> rank(ranks_of(from));
-    Buffer<int64_t> row(to.rows);
+    const Array<int64_t> rank(ranks_of(from));
+    Array<int64_t> row(to.rows);
     CHECK(find_rows(from.layout(), rank.data(), to.layout(), row.data()) == all);
     if (all) CHECK_SAME(row, want);
     ++(all ? found : missing);
@@ -108,7 +108,7 @@ bool is_layout(const Layout& layout, int64_t rows) {
   return true;
 }
 
-void corrupt(Random& random, Buffer<int64_t>& values) {
+void corrupt(Random& random, Array<int64_t>& values) {
   constexpr int64_t least = std::numeric_limits<int64_t>::min();
   constexpr int64_t most = std::numeric_limits<int64_t>::max();
   if (values.size() == 0) return;
@@ -139,7 +139,7 @@ TEST(layout_refused) {
     Random random(i);
     const Cells cells = random_cells(random);
     describe("case " + std::to_string(i) + ": " + shown(cells) + ", corrupted");
-    Buffer<int64_t> offsets(copied(cells.offsets)), token(copied(cells.token));
+    Array<int64_t> offsets(copied(cells.offsets)), token(copied(cells.token));
     int64_t rows = cells.rows;
     for (int64_t times = random.between(1, 2); times > 0; --times) {
       if (random.chance(0.1)) {
@@ -156,7 +156,7 @@ TEST(layout_refused) {
     refused += !good;
     if (!good) continue;
     // What is accepted is safe to use: every row of a layout is found in itself.
-    Buffer<int64_t> rank(cells.B * cells.N), row(rows), cell(rows);
+    Array<int64_t> rank(cells.B * cells.N), row(rows), cell(rows);
     token_ranks(layout, rank.data());
     row_cells(layout, cell.data());
     CHECK(find_rows(layout, rank.data(), layout, row.data()));

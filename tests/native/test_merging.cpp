@@ -33,8 +33,8 @@ std::vector<int64_t> random_target(Random& random, int64_t B, int64_t N) {
 struct Plan {
   Cells from, to;
   std::vector<int64_t> target;
-  Buffer<int64_t> held, from_rank, to_rank;
-  Buffer<float> sizes;
+  Array<int64_t> held, from_rank, to_rank;
+  Array<float> sizes;
 
   explicit Plan(Random& random)
       : from(random_cells(random)),
@@ -69,7 +69,7 @@ struct Plan {
 };
 
 std::string error_of(const Merge& merge) {
-  Buffer<int64_t> scratch(merge.from.N);
+  Array<int64_t> scratch(merge.from.N);
   return merge_error(merge, scratch.data());
 }
 
@@ -114,8 +114,8 @@ TEST(merging_rows) {
       want_first.push_back(want_source.size());
     }
 
-    Buffer<int64_t> first(to.rows + 1), source(from.rows), scratch(2 * N + 1), row(from.rows);
-    Buffer<double> weight(from.rows), share(from.rows), room(2 * N);
+    Array<int64_t> first(to.rows + 1), source(from.rows), scratch(2 * N + 1), row(from.rows);
+    Array<double> weight(from.rows), share(from.rows), room(2 * N);
     merge_entries(merge, first.data(), source.data(), weight.data(), scratch.data());
     CHECK_SAME(first, want_first);
     CHECK_SAME(source, want_source);
@@ -124,7 +124,7 @@ TEST(merging_rows) {
     CHECK_SAME(row, want_row);
     CHECK_SAME(share, want_share);
 
-    Buffer<int64_t> back(from.rows);
+    Array<int64_t> back(from.rows);
     unmerge_rows(to.layout(), to_rank.data(), from.layout(), held.data(), back.data());
     CHECK_SAME(back, want_row);
   }
@@ -135,7 +135,7 @@ TEST(merging_group_by_row) {
     Random random(i);
     const int64_t rows = random.between(0, 12), n = random.between(0, 40);
     describe("case " + std::to_string(i));
-    Buffer<int64_t> index(n), first(rows + 1);
+    Array<int64_t> index(n), first(rows + 1);
     std::vector<std::vector<int64_t>> places(rows);
     int64_t kept = 0;
     for (int64_t j = 0; j < n; ++j) {
@@ -149,7 +149,7 @@ TEST(merging_group_by_row) {
       want_source.insert(want_source.end(), at.begin(), at.end());
       want_first.push_back(want_source.size());
     }
-    Buffer<int64_t> source(kept);
+    Array<int64_t> source(kept);
     group_by_row(index.data(), n, rows, first.data(), source.data());
     CHECK_SAME(first, want_first);
     CHECK_SAME(source, want_source);
@@ -179,7 +179,7 @@ TEST(merging_target_refused) {
       good = good && target[k] >= 0 && target[k] < N;
       good = good && target[k / N * N + target[k]] == target[k];
     }
-    const Buffer<int64_t> held(target);
+    const Array<int64_t> held(target);
     CHECK((target_error(held.data(), B, N) == "") == good);
     refused += !good;
   }
@@ -196,7 +196,7 @@ TEST(merging_plan_refused) {
     // The plan stays one, but a token may outlive those that it takes in.
     if (random.chance(0.5)) {
       plan.target = random_target(random, B, N);
-      plan.held = Buffer<int64_t>(plan.target);
+      plan.held = Array<int64_t>(plan.target);
     } else if (B * N > 0) {
       std::vector<int64_t> steps = plan.to.steps;
       steps[random.between(0, B * N - 1)] = random.between(0, T);
@@ -224,8 +224,8 @@ void check_partners(int i, Level level) {
   const int64_t N = random.between(0, 24), C = random_channels(random);
   const Dots<A> dots_at = AT_LEVEL(level, dots<A>);
   describe("case " + std::to_string(i) + ", N = " + std::to_string(N) + ", " + level_name(level));
-  Buffer<A> counts(N * C);
-  Buffer<int64_t> lifetime(N);
+  Array<A> counts(N * C);
+  Array<int64_t> lifetime(N);
   for (int64_t j = 0; j < N * C; ++j) counts[j] = random.chance(0.7) ? 0 : random.between(0, 3);
   for (int64_t k = 0; k < N; ++k) {
     lifetime[k] = random.between(0, 2);
@@ -233,9 +233,9 @@ void check_partners(int i, Level level) {
     if (random.chance(0.1)) std::fill_n(counts.data() + k * C, C, A(0));
     if (k > 0 && random.chance(0.2)) std::copy_n(counts.data(), C, counts.data() + k * C);
   }
-  Buffer<int64_t> partner(N), index(2 * N);
-  Buffer<double> similarity(N), values(2 * N);
-  Buffer<const A*> rows(N);
+  Array<int64_t> partner(N), index(2 * N);
+  Array<double> similarity(N), values(2 * N);
+  Array<const A*> rows(N);
   best_partners<A>(counts.data(), lifetime.data(), N, C, dots_at, partner.data(), similarity.data(),
                    index.data(), rows.data(), values.data());
 
@@ -279,8 +279,8 @@ TEST(merging_choose_pairs) {
     const int64_t N = random.between(0, 24), r = random.between(-1, N + 1);
     const double threshold = random.pick({0.0, 0.5, 2.0});
     describe("case " + std::to_string(i) + ", r = " + std::to_string(r));
-    Buffer<int64_t> partner(N), target(N), order(N);
-    Buffer<double> similarity(N);
+    Array<int64_t> partner(N), target(N), order(N);
+    Array<double> similarity(N);
     std::vector<int64_t> pairs, want(N);
     for (int64_t k = 0; k < N; ++k) {
       partner[k] = random.between(-1, N - 1);

@@ -51,7 +51,7 @@ double derivative(const NeuronParams& p, double z) {
 // Rows of C elements, `stride` apart, and nothing behind the last one.
 template <class S>
 struct Strided {
-  Buffer<S> buffer;
+  Array<S> buffer;
   int64_t stride;
 
   Strided(Random& random, const Cells& cells, int64_t C, Values values)
@@ -71,7 +71,7 @@ struct NeuronCase {
   NeuronParams p;
   Values values;
   Strided<S> x;
-  Buffer<A> v_init;
+  Array<A> v_init;
   bool given;  // v_init is
   std::string name;
   std::vector<A> potential;  // [R, C], before the reset
@@ -142,8 +142,8 @@ TEST(neuron_forward) {
     for (Level level : levels()) {
       describe(c.name + ", " + level_name(level));
       const bool stream = c.streams();
-      Buffer<S> spikes(c.spikes.size(), stream ? 64 : 16);
-      Buffer<arithmetic_t<S>> v_final(c.v_final.size());
+      Array<S> spikes(c.spikes.size(), stream ? 64 : 16);
+      Array<arithmetic_t<S>> v_final(c.v_final.size());
       const NeuronForward<S> a{c.x.buffer.data(), c.x.stride, c.given ? c.v_init.data() : nullptr,
                                spikes.data(),     stream,     v_final.data(),
                                c.cells.layout(),  c.C};
@@ -202,9 +202,9 @@ TEST(neuron_backward) {
     for (Level level : levels()) {
       describe(c.name + ", " + level_name(level));
       const bool stream = c.streams();
-      Buffer<S> grad_x(want_x.size(), stream ? 64 : 16);
-      Buffer<A> grad_v_init(state), scratch(neuron_backward_scratch(c.cells.T, want_factor));
-      Buffer<double> grad_rate(tiles);
+      Array<S> grad_x(want_x.size(), stream ? 64 : 16);
+      Array<A> grad_v_init(state), scratch(neuron_backward_scratch(c.cells.T, want_factor));
+      Array<double> grad_rate(tiles);
       const NeuronBackward<S> a{c.x.buffer.data(),
                                 c.x.stride,
                                 c.given ? c.v_init.data() : nullptr,

@@ -54,8 +54,8 @@ TEST(rows_gather) {
     const int64_t from = c.random.between(0, 20), n = c.random.between(0, 20);
     const bool with_share = c.random.chance(0.5);
     const auto x = random_buffer<S>(c.random, from * c.C, c.values);
-    Buffer<int64_t> index(n);
-    Buffer<double> share(n);
+    Array<int64_t> index(n);
+    Array<double> share(n);
     std::vector<S> want;
     for (int64_t r = 0; r < n; ++r) {
       index[r] = c.random.between(-1, from - 1);
@@ -66,7 +66,7 @@ TEST(rows_gather) {
       }
     }
     c.each_level("gather", [&](Level level) {
-      Buffer<S> out(n * c.C);
+      Array<S> out(n * c.C);
       const GatherRows<S> a{x.data(), index.data(), with_share ? share.data() : nullptr, out.data(),
                             c.C};
       in_pieces(c.random, n, [&](int64_t begin, int64_t end) {
@@ -86,9 +86,9 @@ TEST(rows_combine) {
     const auto x = random_buffer<S>(c.random, from * c.C, c.values);
     std::vector<int64_t> starts{0};
     for (int64_t r = 0; r < n; ++r) starts.push_back(starts.back() + c.random.between(0, 4));
-    const Buffer<int64_t> first(starts);
-    Buffer<int64_t> source(starts.back());
-    Buffer<double> weight(starts.back());
+    const Array<int64_t> first(starts);
+    Array<int64_t> source(starts.back());
+    Array<double> weight(starts.back());
     for (int64_t e = 0; e < starts.back(); ++e) {
       source[e] = c.random.between(0, from - 1);
       weight[e] = c.random.between(0, 3);
@@ -112,7 +112,7 @@ TEST(rows_combine) {
       want.push_back(stored<S>(sum));
     }
     c.each_level("combine", [&](Level level) {
-      Buffer<S> out(n * c.C);
+      Array<S> out(n * c.C);
       const CombineRows<S> a{
           x.data(),   first.data(), source.data(), weighted ? weight.data() : nullptr, bits,
           out.data(), c.C};
@@ -139,7 +139,7 @@ TEST(rows_sum_products) {
     });
     SameAtAllLevels<A> first;
     c.each_level(shown(c.cells), [&](Level level) {
-      Buffer<A> out(want.size());
+      Array<A> out(want.size());
       const SumProducts<S> a{x.data(), y.data(), c.sizes.data(), out.data(), c.cells.layout(), c.C};
       in_pieces(
           c.random, c.cells.T * c.cells.B * channel_tiles(c.C),
@@ -164,7 +164,7 @@ TEST(rows_scale) {
       }
     });
     c.each_level(shown(c.cells), [&](Level level) {
-      Buffer<S> out(want.size());
+      Array<S> out(want.size());
       const ScaleRows<S> a{x.data(),   factor.data(),    c.sizes.data(),
                            out.data(), c.cells.layout(), c.C};
       in_pieces(c.random, c.cells.T * c.cells.B,
@@ -186,7 +186,7 @@ TEST(rows_sum_steps) {
     });
     SameAtAllLevels<float> first;
     c.each_level(shown(c.cells), [&](Level level) {
-      Buffer<float> out(want.size());
+      Array<float> out(want.size());
       const SumSteps<S> a{x.data(), out.data(), c.cells.layout(), c.C};
       in_pieces(c.random, c.cells.B * c.cells.N,
                 [&](int64_t begin, int64_t end) { AT_LEVEL(level, sum_steps<S>(a, begin, end)); });
@@ -216,9 +216,9 @@ TEST(rows_readout) {
     SameAtAllLevels<double> first_out;
     SameAtAllLevels<float> first_grad_w;
     c.each_level(shown(c.cells), [&](Level level) {
-      Buffer<double> out(B * C);
-      Buffer<S> grad_x(R * C);
-      Buffer<float> grad_w(R);
+      Array<double> out(B * C);
+      Array<S> grad_x(R * C);
+      Array<float> grad_w(R);
       const Readout<S> a{x.data(), w.data(), c.sizes.data(), c.cells.layout(), C};
       in_pieces(c.random, B * channel_tiles(C), [&](int64_t begin, int64_t end) {
         AT_LEVEL(level, readout_forward<S>(a, out.data(), begin, end));
@@ -272,7 +272,7 @@ TEST(rows_scores) {
     const auto score = c.random.pick({Score::first, Score::mean, Score::linear, Score::constant});
     const auto x = random_buffer<S>(c.random, R * C, c.values);
     const auto grad = random_buffer<float>(c.random, R, c.values);
-    Buffer<double> weight(score == Score::linear ? C : 1);
+    Array<double> weight(score == Score::linear ? C : 1);
     for (int64_t j = 0; j < weight.size(); ++j) weight[j] = c.random.uniform(-3, 3);
     const double bias = c.random.pick({0.0, -2.0, 1.5, 800.0, -800.0});
     const Scores<S> a{x.data(), score, weight.data(), bias, C};
@@ -300,7 +300,7 @@ TEST(rows_scores) {
     SameAtAllLevels<S> first_x;
     SameAtAllLevels<double> first_weight;
     c.each_level("score " + std::to_string(int(score)), [&](Level level) {
-      Buffer<float> h(R);
+      Array<float> h(R);
       in_pieces(c.random, R, [&](int64_t begin, int64_t end) {
         AT_LEVEL(level, scores_forward<S>(a, h.data(), begin, end));
       });
@@ -309,8 +309,8 @@ TEST(rows_scores) {
         CHECK(std::ldexp(h[r], 18) == std::rint(std::ldexp(h[r], 18)));
       CHECK_LEVELS(first_h, h);
 
-      Buffer<S> grad_x(reaches_x ? R * C : 0);
-      Buffer<ScoreRow> found(R);
+      Array<S> grad_x(reaches_x ? R * C : 0);
+      Array<ScoreRow> found(R);
       in_pieces(c.random, R, [&](int64_t begin, int64_t end) {
         AT_LEVEL(level,
                  scores_backward<S>(a, grad.data(), grad_x.data(), found.data(), begin, end));
@@ -330,7 +330,7 @@ TEST(rows_scores) {
       CHECK_LEVELS(first_x, grad_x);
       if (score != Score::linear) return;
 
-      Buffer<double> grad_weight(C);
+      Array<double> grad_weight(C);
       in_pieces(c.random, C, [&](int64_t begin, int64_t end) {
         AT_LEVEL(level,
                  scores_linear_backward<S>(a, found.data(), R, grad_weight.data(), begin, end));
@@ -346,8 +346,8 @@ void check_dots(int i, const char* storage) {
   Case c(i, storage);
   const int64_t n = c.random.between(0, 11);
   const auto a = random_buffer<A>(c.random, c.C, c.values);
-  std::vector<Buffer<A>> rows;
-  Buffer<const A*> pointers(n);
+  std::vector<Array<A>> rows;
+  Array<const A*> pointers(n);
   std::vector<double> want(n);
   for (int64_t j = 0; j < n; ++j) {
     rows.push_back(random_buffer<A>(c.random, c.C, c.values));
@@ -355,7 +355,7 @@ void check_dots(int i, const char* storage) {
     for (int64_t k = 0; k < c.C; ++k) want[j] += double(a[k]) * rows[j][k];
   }
   c.each_level("dots", [&](Level level) {
-    Buffer<double> out(n);
+    Array<double> out(n);
     AT_LEVEL(level, dots<A>(a.data(), pointers.data(), n, c.C, out.data()));
     CHECK_NEAR(out, want, 0, c.exact ? 0 : sum_error<A> * std::max<double>(1, c.C));
   });
