@@ -7,13 +7,14 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp tests/native/*.h)
 CXX_FILES := $(CSRC) $(NATIVE_TESTS)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench bench-neuron bench-attention bench-model test asan lint format build docs clean
+.PHONY: help bench bench-neuron bench-attention bench-model bench-engine test asan lint format build docs clean
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
 	@echo "make bench-neuron    time the neuron kernels against SpikingJelly"
 	@echo "make bench-attention time spiking attention against dense matrix products"
 	@echo "make bench-model     time packed execution against dense, inference and training"
+	@echo "make bench-engine    time the event-driven engine against dense execution"
 	@echo "make test     set up and run the tests"
 	@echo "make asan     build and run the kernels' own tests under the address and UB sanitizers"
 	@echo "make lint     ruff, mypy, clang-format"
@@ -42,18 +43,20 @@ bench: build
 
 # glibc would give memory back after every large tensor and fault it in again, which is not what
 # is to be measured, ours or theirs.
-bench-neuron bench-attention bench-model: bench-%: build
+bench-neuron bench-attention bench-model bench-engine: bench-%: build
 	MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=33554432 \
 	$(BIN)/python -m pytest benchmarks/bench_$*.py
 
 test: build
 	$(BIN)/python -m pytest
 
-# The kernels without torch. Tracking variables would take a third of the compile time.
+# The kernels without torch. Tracking variables would take a third of the compile time. GCC warns
+# of its own AVX-512 headers where the sanitizers keep it from seeing through them.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 ASAN_FLAGS := -std=c++20 -O1 -g -fno-var-tracking -fno-omit-frame-pointer -ffp-contract=off -Wall \
-  $(SANITIZE)
-ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,$(wildcard csrc/cpu/*.cpp tests/native/*.cpp))
+  -Wno-maybe-uninitialized $(SANITIZE)
+ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,\
+  $(wildcard csrc/cpu/*.cpp csrc/engine/*.cpp tests/native/*.cpp))
 
 build/asan/%.o: %.cpp
 	@mkdir -p $(@D) && echo $<

@@ -1,0 +1,159 @@
+// Convolutions with neurons behind them, and pooling, against loops over the pixels.
+#include <limits>
+
+#include "engine_inputs.h"
+
+namespace atsnn {
+namespace {
+
+// Calls f(y, x) for the pixels around a centre that exist.
+template <class F>
+void each_neighbour(int64_t y, int64_t x, int64_t height, int64_t width, F f) {
+  for (int64_t ny = y - 1; ny <= y + 1; ++ny) {
+    for (int64_t nx = x - 1; nx <= x + 1; ++nx) {
+      if (ny >= 0 && ny < height && nx >= 0 && nx < width) f(ny, nx);
+    }
+  }
+}
+
+void check_pool(Random& random, uint64_t seed, int64_t maps, int64_t height, int64_t width) {
+  const int64_t h = halved(height), w = halved(width), channels = random.between(1, 130);
+  const int64_t stride = words(channels);
+  const auto bits =
+      random_bits(random, maps * height * width, channels, random_rate(random), stride);
+  std::vector<uint64_t> want(maps * h * w * stride);
+  for (int64_t i = 0; i < maps * h * w; ++i) {
+    const int64_t map = i / (h * w), y = i / w % h, x = i % w;
+    each_neighbour(2 * y, 2 * x, height, width, [&](int64_t ny, int64_t nx) {
+      for (int64_t j = 0; j < stride; ++j) {
+        want[i * stride + j] |= bits[((map * height + ny) * width + nx) * stride + j];
+      }
+    });
+  }
+  describe("pool_bits, seed " + std::to_string(seed));
+  Array<uint64_t> out(want.size());
+  pool_bits(bits.data(), maps, height, width, stride, out.data(), 1);
+  CHECK_SAME(out, want);
+}
+
+}  // namespace
+
+void check_conv(uint64_t seed) {
+  Random random(seed);
+  const int64_t T = random.between(0, 4), B = random.between(0, 3);
+  const bool floats = random.chance(0.3), still = floats && random.chance(0.5);
+  const bool pool = random.chance(0.4);
+  int64_t height, width, channels, outputs;
+  do {
+    height = random.pick<int64_t>({1, 2, 3, 4, 5, 7, 13, 20});
+    width = random.pick<int64_t>({1, 2, 3, 4, 5, 7, 13, 20});
+    channels = floats ? random.pick<int64_t>({1, 2, 3, 5, 16})
+                      : random.pick<int64_t>({1, 3, 16, 49, 50, 64, 100, 149, 150, 200, 400});
+    outputs = random.pick<int64_t>({1, 3, 16, 33, 64, 65, 130});
+  } while (T * B * height * width * channels * outputs > 400000);
+  const int64_t shown_steps = still ? 1 : T, pixels = height * width;
+  const int64_t h = pool ? halved(height) : height, w = pool ? halved(width) : width;
+  Array<float> images(floats ? shown_steps * B * channels * pixels : 0);
+  for (int64_t i = 0; i < images.size(); ++i) {
+    images[i] = random.chance(0.1) ? 0 : random.between(-16, 16) * 0x1p-3f;
+  }
+  Array<uint64_t> bits;
+  if (!floats) {
+    bits = random_bits(random, T * B * pixels, channels, random_rate(random), words(channels));
+  }
+  const Map map(random, outputs, 9 * channels);
+  const NeuronParams p = random_neuron(random);
+  const auto start = random_state(random, random.chance(0.5), B * h * w * outputs);
+
+  const auto input = [&](int64_t t, int64_t b, int64_t c, int64_t y, int64_t x) -> float {
+    if (!floats) return bit_at(bits, words(channels), ((t * B + b) * height + y) * width + x, c);
+    return images[(((t * B + b) * channels + c) * height + y) * width + x];
+  };
+  Counted counted;
+  std::vector<float> sums(shown_steps * B * pixels * outputs);
+  for (int64_t i = 0; i < shown_steps * B * pixels; ++i) {
+    const int64_t t = i / (B * pixels), b = i / pixels % B, y = i / width % height, x = i % width;
+    float* sum = sums.data() + i * outputs;
+    std::copy(map.bias.begin(), map.bias.end(), sum);
+    each_neighbour(y, x, height, width, [&](int64_t ny, int64_t nx) {
+      const int64_t tap = (ny - y + 1) * 3 + nx - x + 1;
+      for (int64_t c = 0; c < channels; ++c) {
+        map.add(tap * channels + c, input(t, b, c, ny, nx), sum);
+      }
+    });
+    for (int64_t c = 0; c < channels; ++c) counted.input += input(t, b, c, y, x);
+  }
+  const int64_t W = words(outputs);
+  std::vector<uint64_t> want(T * B * h * w * W);
+  std::vector<float> v =
+      start.size() ? copied(start) : std::vector<float>(B * h * w * outputs, float(p.v_reset));
+  for (int64_t i = 0; i < T * B * h * w; ++i) {
+    const int64_t t = still ? 0 : i / (B * h * w), b = i / (h * w) % B, y = i / w % h, x = i % w;
+    const float* image = sums.data() + (t * B + b) * pixels * outputs;
+    for (int64_t o = 0; o < outputs; ++o) {
+      float sum = pool ? -std::numeric_limits<float>::infinity() : image[(y * w + x) * outputs + o];
+      if (pool) {
+        each_neighbour(2 * y, 2 * x, height, width, [&](int64_t ny, int64_t nx) {
+          sum = std::max(sum, image[(ny * width + nx) * outputs + o]);
+        });
+      }
+      if (!neuron_step(p, sum, v[i % (B * h * w) * outputs + o])) continue;
+      set_bit(want, W, i, o);
+      ++counted.spikes[0];
+    }
+  }
+  v.resize(start.size());
+  const std::string name = "T = " + std::to_string(T) + ", B = " + std::to_string(B) + ", " +
+                           std::to_string(height) + " x " + std::to_string(width) + ", " +
+                           std::to_string(channels) + " -> " + std::to_string(outputs) +
+                           (floats ? still ? ", still" : ", floats" : ", bits") +
+                           (pool ? ", pooled" : "");
+  each_kernels("conv", seed, name, [&](const Kernels& k) {
+    std::vector<ChunkScratch> threads(random.pick({1, 1, 2, 5}));
+    ConvLif a{floats ? images.data() : nullptr,
+              bits.data(),
+              channels,
+              T,
+              B,
+              height,
+              width,
+              still,
+              pool,
+              &map.packed,
+              p,
+              nullptr,
+              nullptr};
+    Array<uint64_t> out(want.size());
+    Array<float> state(copied(start));
+    a.out = out.data();
+    a.state = state.data();
+    const Counted got = run_conv_lif(a, k, threads);
+    CHECK_SAME(out, want);
+    CHECK_SAME(state, v);
+    if (T * B == 0) return;
+    CHECK(got.input == counted.input);
+    CHECK(got.spikes[0] == counted.spikes[0]);
+
+    // The same a timestep at a time.
+    if (v.empty()) return;
+    Array<uint64_t> split(want.size());
+    Array<float> carried(copied(start));
+    a.T = 1;
+    a.state = carried.data();
+    for (int64_t t = 0; t < T; ++t) {
+      a.out = split.data() + t * B * h * w * W;
+      if (floats) a.images = images.data() + (still ? 0 : t * B * channels * pixels);
+      if (!floats) a.bits = bits.data() + t * B * pixels * words(channels);
+      run_conv_lif(a, k, threads);
+    }
+    CHECK_SAME(split, want);
+    CHECK_SAME(carried, v);
+  });
+  check_pool(random, seed, random.between(0, 3), height, width);
+}
+
+TEST(engine_conv) {
+  for (uint64_t seed = 0; seed < 800; ++seed) check_conv(seed);
+}
+
+}  // namespace atsnn
