@@ -7,7 +7,7 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp tests/native/*.h)
 CXX_FILES := $(CSRC) $(NATIVE_TESTS)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench bench-neuron bench-attention bench-model bench-engine test asan lint format build docs clean
+.PHONY: help bench bench-neuron bench-attention bench-model bench-engine test asan fuzz lint format build docs clean
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-engine    time the event-driven engine against dense execution"
 	@echo "make test     set up and run the tests"
 	@echo "make asan     build and run the kernels' own tests under the address and UB sanitizers"
+	@echo "make fuzz     random cases of the engine for a minute, under the same sanitizers"
 	@echo "make lint     ruff, mypy, clang-format"
 	@echo "make format   ruff and clang-format, in place"
 	@echo "make build    set up and build the extension"
@@ -55,8 +56,12 @@ test: build
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 ASAN_FLAGS := -std=c++20 -O1 -g -fno-var-tracking -fno-omit-frame-pointer -ffp-contract=off -Wall \
   -Wno-maybe-uninitialized $(SANITIZE)
-ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,\
+NATIVE_OBJECTS := $(patsubst %.cpp,build/asan/%.o,\
   $(wildcard csrc/cpu/*.cpp csrc/engine/*.cpp tests/native/*.cpp))
+# Two programs: the tests, and a fuzzer that runs the random cases of the engine's tests.
+ASAN_OBJECTS := $(filter-out %/fuzz_engine.o,$(NATIVE_OBJECTS))
+FUZZ_OBJECTS := $(filter build/asan/csrc/% %inputs.o %/check.o %_engine.o \
+  build/asan/tests/native/test_engine_%,$(NATIVE_OBJECTS))
 
 build/asan/%.o: %.cpp
 	@mkdir -p $(@D) && echo $<
@@ -65,11 +70,18 @@ build/asan/%.o: %.cpp
 build/asan/run: $(ASAN_OBJECTS)
 	@$(CXX) $(SANITIZE) $^ -o $@
 
+build/asan/fuzz: $(FUZZ_OBJECTS)
+	@$(CXX) $(SANITIZE) $^ -o $@
+
 asan:
 	+@$(MAKE) --no-print-directory -j2 build/asan/run
 	build/asan/run
 
--include $(ASAN_OBJECTS:.o=.d)
+fuzz:
+	+@$(MAKE) --no-print-directory -j2 build/asan/fuzz
+	build/asan/fuzz 60
+
+-include $(NATIVE_OBJECTS:.o=.d)
 
 lint: build
 	$(BIN)/ruff check $(PY_FILES)
