@@ -62,42 +62,80 @@ void add_rows(const AddRows& a) { a.value ? add_panel<true>(a) : add_panel<false
 
 // ---- neurons ------------------------------------------------------------------------------------
 
+// Potentials after one step of `n` vectors of neurons; returns which fired.
+template <Charge kind, bool multiply, bool hard, int n>
+ATSNN_INLINE uint64_t step_neurons(vec<float>* v, const float* x, const Constants<float>& c) {
+  constexpr int64_t width = Simd<float>::width;
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  // The comparison serves the word and the reset; words are put together without leaving the
+  // mask registers.
+  __mmask64 fires[n];
+  for (int i = 0; i < n; ++i) {
+    const vec<float> u = charge<kind, multiply>(v[i], load(x + i * width), c);
+    const __mmask16 some = _mm512_cmp_ps_mask((__m512)u, _mm512_set1_ps(c.v_threshold), _CMP_GE_OQ);
+    const __m512 rest = hard ? _mm512_set1_ps(c.v_reset) : (__m512)(u - c.v_threshold);
+    v[i] = (vec<float>)_mm512_mask_mov_ps((__m512)u, some, rest);
+    fires[i] = some;
+  }
+  if constexpr (n == 4) {
+    return _mm512_kunpackd(_mm512_kunpackw(fires[3], fires[2]),
+                           _mm512_kunpackw(fires[1], fires[0]));
+  }
+  uint64_t word = 0;
+  for (int i = 0; i < n; ++i) word |= uint64_t(fires[i]) << (i * width);
+  return word;
+#else
+  uint64_t word = 0;
+  for (int i = 0; i < n; ++i) {
+    const vec<float> u = charge<kind, multiply>(v[i], load(x + i * width), c);
+    word |= uint64_t(fired(u, c.v_threshold)) << (i * width);
+    v[i] = reset<hard>(u, c);
+  }
+  return word;
+#endif
+}
+
+// Neurons of the vectors `part` .. `part` + together of a panel.
+template <Charge kind, bool multiply, bool hard>
+int64_t fire_part(const Fire& a, const Constants<float>& settings, int part) {
+  const Constants<float> c = settings;  // a copy, which the stores below cannot alias
+  constexpr int64_t width = Simd<float>::width;
+  const uint64_t valid = a.valid >> (part * width);
+  const int64_t channels = std::min<int64_t>(count_bits(valid), together * width);
+  int64_t spikes = 0;
+  for (int64_t col = 0; col < a.columns; ++col) {
+    float* const state = a.state ? a.state[col] + a.state_offset + part * width : nullptr;
+    vec<float> v[together];
+    if (state) {
+      float room[together * width] = {};
+      std::memcpy(room, state, channels * sizeof(float));
+      for (int i = 0; i < together; ++i) v[i] = load(room + i * width);
+    } else {
+      for (int i = 0; i < together; ++i) v[i] = vec<float>{} + c.v_reset;
+    }
+    for (int32_t step = a.first[col]; step < a.first[col + 1]; ++step) {
+      const float* x = a.acc + (a.still ? col : step) * panel + part * width;
+      const uint64_t word = step_neurons<kind, multiply, hard, together>(v, x, c) & valid;
+      uint64_t& out = a.spikes[int64_t(a.row[step]) * a.stride];
+      out = part == 0 ? word : out | word << (part * width);
+      spikes += count_bits(word);
+    }
+    if (state) {
+      float room[together * width];
+      for (int i = 0; i < together; ++i) store(room + i * width, v[i]);
+      std::memcpy(state, room, channels * sizeof(float));
+    }
+  }
+  return spikes;
+}
+
 template <Charge kind, bool multiply, bool hard>
 int64_t fire_columns(const Fire& a, const NeuronParams& p) {
   const Constants<float> c(p);
-  constexpr int64_t width = Simd<float>::width;
   int64_t spikes = 0;
-  for (int64_t col = 0; col < a.columns; ++col) {
-    float* const state = a.state ? a.state[col] + a.state_offset : nullptr;
-    for (int part = 0; part < panel_vectors; part += together) {
-      const uint64_t valid = a.valid >> (part * width);
-      if (!valid) continue;
-      const int64_t channels = std::min<int64_t>(count_bits(valid), together * width);
-      float room[together * width] = {};
-      vec<float> v[together];
-      if (state) {
-        std::memcpy(room, state + part * width, channels * sizeof(float));
-        for (int i = 0; i < together; ++i) v[i] = load(room + i * width);
-      } else {
-        for (int i = 0; i < together; ++i) v[i] = vec<float>{} + c.v_reset;
-      }
-      for (int32_t step = a.first[col]; step < a.first[col + 1]; ++step) {
-        const float* x = a.acc + (a.still ? col : step) * panel + part * width;
-        uint64_t word = 0;
-        for (int i = 0; i < together; ++i) {
-          const vec<float> u = charge<kind, multiply>(v[i], load(x + i * width), c);
-          word |= uint64_t(fired(u, c.v_threshold)) << (i * width);
-          v[i] = reset<hard>(u, c);
-        }
-        word &= valid;
-        uint64_t& out = a.spikes[int64_t(a.row[step]) * a.stride];
-        out = part == 0 ? word : out | word << (part * width);
-        spikes += count_bits(word);
-      }
-      if (state) {
-        for (int i = 0; i < together; ++i) store(room + i * width, v[i]);
-        std::memcpy(state + part * width, room, channels * sizeof(float));
-      }
+  for (int part = 0; part < panel_vectors; part += together) {
+    if (part == 0 || a.valid >> (part * Simd<float>::width)) {
+      spikes += fire_part<kind, multiply, hard>(a, c, part);
     }
   }
   return spikes;
