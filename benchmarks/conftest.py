@@ -7,13 +7,18 @@ import torch
 
 from atsnn import measure
 
-TABLES: dict[str, list[dict[str, object]]] = {}
+# Rows by file and columns.
+TABLES: dict[tuple[str, tuple[str, ...]], list[dict[str, object]]] = {}
 
 
 @pytest.fixture
 def report(request):
-    """Collect one row of the closing table of the file."""
-    return TABLES.setdefault(request.path.stem, []).append
+    """Collect one row of a closing table of the file: one for each set of columns."""
+
+    def add(row: dict[str, object]) -> None:
+        TABLES.setdefault((request.path.stem, tuple(row)), []).append(row)
+
+    return add
 
 
 class Limits:
@@ -62,9 +67,8 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(
         f"{m['processor']}, {m['cores']} cores, {m['instruction_set']}, torch {m['torch']}"
     )
-    for name, rows in TABLES.items():
-        columns = list(rows[0])
-        cells = [columns] + [[str(row[c]) for c in columns] for row in rows]
+    for (name, columns), rows in TABLES.items():
+        cells = [list(columns)] + [[str(row[c]) for c in columns] for row in rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
         terminalreporter.write_line(f"\n{name}")
         for line in cells:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import AtsnnError, check_integer
-from .compare import compare_executions
+from .compare import compare_engine, compare_executions
 from .cost import Cost, cost
 from .data import Split
+from .engine import Engine, freeze
 from .measure import Timing, interleaved, machine, realized_fraction
 from .nn.model import ATSpikformer
 from .ops import available_backends, use_backend
@@ -54,10 +56,20 @@ def check_gate(model: ATSpikformer, images: Tensor) -> list[str]:
                 f"bench: expected the native backend to give the reference's {name} bit for bit, "
                 f"got {int((ours != theirs).sum())} of {ours.numel()} different"
             )
+    engine = engine_of(model)
+    found.append(engine if isinstance(engine, str) else str(compare_engine(model, images)))
     return [
         f"native = reference bit for bit on {len(images)} images (logits, scores, depths)",
         *found,
     ]
+
+
+def engine_of(model: ATSpikformer) -> Engine | str:
+    """The model's engine, or why it has none."""
+    try:
+        return freeze(model)
+    except AtsnnError as error:
+        return f"no engine: {error}"
 
 
 @torch.no_grad()
@@ -127,22 +139,26 @@ def bench(
 def _latency(
     model: ATSpikformer, plain: ATSpikformer, images: Tensor, rounds: int
 ) -> dict[str, Any]:
-    """Latency of the whole model and of the blocks alone, halting off and on, in turns."""
+    """Latency of the whole model, of the blocks alone and of the engine, halting off and on."""
     tokens = model.embed(images)
-    times = interleaved(
-        {
-            "model off": lambda: plain(images),
-            "model on": lambda: model(images),
-            "blocks off": lambda: plain.forward_tokens(tokens),
-            "blocks on": lambda: model.forward_tokens(tokens),
-        },
-        rounds=rounds,
-    )
+    work: dict[str, Callable[[], object]] = {
+        "model off": lambda: plain(images),
+        "model on": lambda: model(images),
+        "blocks off": lambda: plain.forward_tokens(tokens),
+        "blocks on": lambda: model.forward_tokens(tokens),
+    }
+    engines = engine_of(plain), engine_of(model)
+    for name, engine in zip(("engine off", "engine on"), engines, strict=True):
+        if isinstance(engine, Engine):
+            work[name] = partial(engine, images)
+    times = interleaved(work, rounds=rounds)
     counted = cost(model, images)
     dense = counted.dense
     assert dense is not None
     out: dict[str, Any] = {"batch": len(images)}
-    for scope in ("blocks", "model"):
+    for scope in ("blocks", "model", "engine"):
+        if f"{scope} on" not in times:
+            continue
         off, on = times[f"{scope} off"], times[f"{scope} on"]
         out[scope] = _compare(off, on, _flops(dense, scope), _flops(counted, scope))
     return out

@@ -20,6 +20,7 @@ __all__ = ["bench_tables", "depth_map", "evaluation_table"]
 
 NOISY = 0.3  # spread of a timing, over its median, that the reader is warned of
 PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
+SCOPES = ("blocks", "model", "engine")  # what is timed: see bench
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -99,7 +100,7 @@ def _latency_table(rows: list[dict[str, Any]]) -> Table:
         "Latency", "batch", "scope", "off", "on", "latency saved", "FLOPs saved", "realized"
     )
     for row in rows:
-        for scope in ("blocks", "model"):
+        for scope in (scope for scope in SCOPES if scope in row):
             one = row[scope]
             fraction = one["realized_fraction"]
             times = [f"{1e3 * one[k]['median_s']:.2f} ms" for k in ("off", "on")]
@@ -115,7 +116,7 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
     m = result["machine"]
     spreads = [
         row[scope][k]["spread"]
-        for row in result["latency"] for scope in ("blocks", "model") for k in ("off", "on")
+        for row in result["latency"] for scope in SCOPES if scope in row for k in ("off", "on")
     ]  # fmt: skip
     rounds = result["latency"][0]["model"]["on"]["rounds"] if result["latency"] else 0
     out: list[RenderableType] = [
