@@ -102,9 +102,9 @@ NetworkConfig random_config(Random& random) {
   const int64_t halvings = std::count(c.pooled.begin(), c.pooled.end(), true);
   c.image_size = random.between(1, halvings == 4 ? 2 : 4) << halvings;
   c.image_size -= random.between(0, (1 << halvings) - 1);
-  if (random.chance(0.03)) {  // so many rows that images go in several groups
+  if (random.chance(0.06)) {  // so many tokens that images, in streams too, go in several groups
     c.pooled = {};
-    c.image_size = 16;
+    c.image_size = 24;
     c.embed_dim = random.pick<int64_t>({5, 8}) * c.num_heads;
     c.hidden = 30;
     c.depth = std::min<int64_t>(c.depth, 2);
@@ -152,7 +152,8 @@ Network random_network(Random& random, const NetworkConfig& c) {
   const int64_t C = c.embed_dim;
   int64_t channels = c.in_channels;
   for (size_t i = 0; i < net.conv.size(); ++i) {
-    const int64_t outputs = i < 3 ? random.pick<int64_t>({1, 3, 8, 16, 65}) : C;
+    const int64_t width = random.pick<int64_t>({1, 3, 8, 16, 65});
+    const int64_t outputs = i >= 3 ? C : c.grid() > 16 ? std::min<int64_t>(width, 8) : width;
     net.conv[i] = layer(outputs, 9 * channels);
     channels = outputs;
   }

@@ -100,7 +100,7 @@ struct NetworkCase {
         c(engine.network().config),
         random(seed + 1),
         T(c.T),
-        B(c.grid() == 16 ? 9 : random.between(0, 4)),
+        B(c.grid() > 16 ? 4 : random.between(0, 4)),
         one(c.in_channels * c.image_size * c.image_size),
         still(random.chance(0.5)),
         x((still ? 1 : T) * B * one) {
@@ -196,7 +196,7 @@ void check_network(uint64_t seed) {
     }
     if (a.c.merging) return;
     describe(described() + ", streamed");
-    a.check_stream(want, k, masked, a.random.pick<int64_t>({1, 1, 3}));
+    a.check_stream(want, k, masked, a.c.grid() > 16 ? 3 : a.random.pick<int64_t>({1, 1, 3}));
   });
   check_given_scores(a, seed, name);
   // Without a trace, and with spikes shown on the way: none fire beyond the last channel.
