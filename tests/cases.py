@@ -488,7 +488,7 @@ def operator_arguments(
             numbers.integers(-8, 8, (outputs, C), bits=3).float(),
             numbers.integers(-4, 4, (outputs,), bits=3).float(),
         )
-        pool |= dict(channels=C, outputs=outputs, inv_tau=0.5)
+        pool |= dict(channels=C, outputs=outputs, inv_tau=0.5, keep=not bare)
         pool["v"] = numbers.integers(-4, 4, (B, N, outputs), bits=3).float()
     if bare:
         pool["kind"] = "lif"

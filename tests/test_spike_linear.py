@@ -163,7 +163,7 @@ def test_refusals():
 def test_operator_refuses_what_would_read_out_of_bounds():
     op = torch.ops.atsnn.spike_linear_lif
     x, (weight, bias) = torch.zeros(2, 3, 8), torch.ops.atsnn.pack_linear(torch.zeros(5, 8), None)
-    rest = ("lif", 2.0, None, 1.0, 0.0, True)
+    rest = ("lif", 2.0, None, 1.0, 0.0, True, True)
     for message, arguments in (
         ("packed weight must have shape", (x, weight, bias, None, None, None, 65)),
         ("packed bias must have shape", (x, weight, bias[:, :3], None, None, None, 5)),

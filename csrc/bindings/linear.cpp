@@ -1,6 +1,8 @@
 // spike_linear_lif: the engine's linear map with neurons, bits or floats in and out.
 #include "../engine/linear.h"
 
+#include <ATen/ops/full.h>
+
 #include <numeric>
 
 #include "../engine/parallel.h"
@@ -101,13 +103,11 @@ std::tuple<Tensor, Tensor> pack_linear(const Tensor& weight, const OptionalTenso
   return {all, biases};
 }
 
-std::tuple<Tensor, Tensor> spike_linear_lif(const Tensor& spikes, const Tensor& weight,
-                                            const Tensor& bias, const OptionalTensor& v,
-                                            const OptionalTensor& token,
-                                            const OptionalTensor& offsets, int64_t outputs,
-                                            c10::string_view kind, double tau,
-                                            std::optional<double> inv_tau, double v_threshold,
-                                            std::optional<double> v_reset, bool decay_input) {
+std::tuple<Tensor, Tensor> spike_linear_lif(
+    const Tensor& spikes, const Tensor& weight, const Tensor& bias, const OptionalTensor& v,
+    const OptionalTensor& token, const OptionalTensor& offsets, int64_t outputs,
+    c10::string_view kind, double tau, std::optional<double> inv_tau, double v_threshold,
+    std::optional<double> v_reset, bool decay_input, bool keep) {
   const char* op = "spike_linear_lif";
   TORCH_CHECK_VALUE(token.has_value() == offsets.has_value(), op,
                     ": a layout needs both token and offsets");
@@ -138,13 +138,15 @@ std::tuple<Tensor, Tensor> spike_linear_lif(const Tensor& spikes, const Tensor& 
   if (lead == 1) state_shape = {layout.view.B, layout.view.N, outputs};
   TORCH_CHECK_VALUE(layout.view.T <= 4096, op, ": spikes must have at most 4096 timesteps, got ",
                     layout.view.T);
-  Tensor state = at::empty(state_shape, weight.options());
+  // Without a state neurons start at rest and what is left of them is dropped.
+  Tensor state;
   if (v) {
     check_shape(op, "v", *v, state_shape);
     check_dtype(op, "v", *v, at::kFloat);
+    state = at::empty(state_shape, weight.options());
     state.copy_(*v);
-  } else {
-    state.fill_(v_reset.value_or(0.0));
+  } else if (keep) {
+    state = at::full(state_shape, v_reset.value_or(0.0), weight.options());
   }
   const Tensor x = spikes.contiguous(), w = weight.contiguous(), b = bias.contiguous();
   RowInput in{K};
@@ -164,7 +166,7 @@ std::tuple<Tensor, Tensor> spike_linear_lif(const Tensor& spikes, const Tensor& 
   } else {
     in.values = read<float>(x);
   }
-  PackedLinear map;
+  thread_local PackedLinear map;  // and what it holds, so that little is allocated
   map.inputs = K;
   map.outputs = outputs;
   map.weight = read<float>(w);
@@ -175,15 +177,16 @@ std::tuple<Tensor, Tensor> spike_linear_lif(const Tensor& spikes, const Tensor& 
   auto out_shape = spikes.sizes().vec();
   out_shape.back() = map.panels();
   Tensor out = at::empty(out_shape, spikes.options().dtype(at::kLong));
-  Columns columns;
+  thread_local Columns columns;
   columns.set(layout.view);
   const Charge charge = kind == "if"  ? Charge::integrate
                         : decay_input ? Charge::decay
                                       : Charge::no_decay;
-  run_linear_lif(
-      {in, &map, neuron_settings(charge, tau, inv_tau, v_threshold, v_reset), layout.view, &columns,
-       reinterpret_cast<uint64_t*>(write<int64_t>(out)), write<float>(state)},
-      level_kernels(), scratch());
+  run_linear_lif({in, &map, neuron_settings(charge, tau, inv_tau, v_threshold, v_reset),
+                  layout.view, &columns, reinterpret_cast<uint64_t*>(write<int64_t>(out)),
+                  state.defined() ? write<float>(state) : nullptr},
+                 level_kernels(), scratch());
+  if (!keep) state = at::empty({0}, weight.options());
   return {as_bits ? out : unpacked(out, outputs), state};
 }
 

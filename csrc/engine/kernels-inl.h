@@ -60,6 +60,98 @@ void add_panel(const AddRows& a) {
 
 void add_rows(const AddRows& a) { a.value ? add_panel<true>(a) : add_panel<false>(a); }
 
+// The sums of four weight rows, the first `inputs` of which exist, for `group_columns` outputs.
+// Where a sum has no weight it is zero.
+void build_table(const float* weight, int64_t inputs, float* table) {
+  constexpr int64_t width = Simd<float>::width;
+  for (int64_t c = 0; c < group_columns; c += width) {
+    vec<float> sum[group_sums];
+    sum[0] = vec<float>{};
+    for (int64_t i = 0; i < group_inputs; ++i) {
+      const vec<float> w = i < inputs ? load(weight + i * panel + c) : vec<float>{};
+      const int64_t below = int64_t(1) << i;
+      sum[below] = w;
+      for (int64_t k = 1; k < below; ++k) sum[below + k] = sum[k] + w;
+    }
+    for (int64_t k = 0; k < group_sums; ++k) store(table + k * group_columns + c, sum[k]);
+  }
+}
+
+// Groups of `tile` groups from `first` on, added to one half of the panel by tables.
+void add_group_tile(const AddGroups& a, int64_t first, int64_t tile, int64_t column) {
+  constexpr int64_t width = Simd<float>::width;
+  constexpr int vectors = group_columns / width, few = vectors < 8 ? vectors : 8;
+  for (int64_t g = 0; g < tile; ++g) {
+    const int64_t input = (first + g) * group_inputs;
+    build_table(a.weight + input * panel + column, std::min(group_inputs, a.inputs - input),
+                a.table + g * group_sums * group_columns);
+  }
+  for (int64_t r = 0; r < a.rows; ++r) {
+    const uint16_t* code = a.code + first * a.rows + r * group_tile;
+    float* const acc = a.acc + a.row[r] * panel + column;
+    const float* const from = first == 0 ? a.bias + column : acc;
+    for (int part = 0; part < vectors; part += few) {
+      vec<float> sum[few];
+      for (int i = 0; i < few; ++i) sum[i] = load(from + (part + i) * width);
+      for (int64_t g = 0; g < tile; ++g) {
+        const float* entry = a.table + (g * group_sums + code[g]) * group_columns + part * width;
+        for (int i = 0; i < few; ++i) sum[i] += load(entry + i * width);
+      }
+      for (int i = 0; i < few; ++i) store(acc + (part + i) * width, sum[i]);
+    }
+  }
+}
+
+// One row, group by group, without tables.
+void add_groups_of_row(const AddGroups& a, int64_t r) {
+  constexpr int64_t width = Simd<float>::width;
+  for (int64_t c = 0; c < panel; c += width) {
+    vec<float> sum = load(a.bias + c);
+    for (int64_t group = 0; group * group_inputs < a.inputs; ++group) {
+      const int64_t input = group * group_inputs;
+      uint64_t some = a.bits[r][input / word_bits] >> (input % word_bits) & (group_sums - 1);
+      vec<float> four = vec<float>{};
+      for (bool begun = false; some; some &= some - 1, begun = true) {
+        const vec<float> w = load(a.weight + (input + __builtin_ctzll(some)) * panel + c);
+        four = begun ? four + w : w;
+      }
+      sum += four;
+    }
+    store(a.acc + a.row[r] * panel + c, sum);
+  }
+}
+
+// Building the tables costs about as much as this many rows do without them.
+constexpr int64_t table_rows = 12;
+
+void list_groups(const uint64_t* const* bits, int64_t rows, int64_t inputs, uint16_t* code) {
+  if (rows < table_rows) return;
+  const int64_t groups = (inputs + group_inputs - 1) / group_inputs;
+  for (int64_t first = 0; first < groups; first += group_tile) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t g = first; g < std::min(first + group_tile, groups); ++g) {
+        const int64_t input = g * group_inputs;
+        *code++ = bits[r][input / word_bits] >> (input % word_bits) & (group_sums - 1);
+      }
+      code += first + group_tile - std::min(first + group_tile, groups);
+    }
+  }
+}
+
+void add_groups(const AddGroups& a) {
+  if (a.rows < table_rows) {
+    for (int64_t r = 0; r < a.rows; ++r) add_groups_of_row(a, r);
+    return;
+  }
+  const int64_t groups = (a.inputs + group_inputs - 1) / group_inputs;
+  for (int64_t first = 0; first < groups; first += group_tile) {
+    const int64_t tile = std::min(group_tile, groups - first);
+    for (int64_t column = 0; column < a.outputs; column += group_columns) {
+      add_group_tile(a, first, tile, column);
+    }
+  }
+}
+
 // ---- neurons ------------------------------------------------------------------------------------
 
 // Potentials after one step of `n` vectors of neurons; returns which fired.
@@ -102,11 +194,14 @@ int64_t fire_part(const Fire& a, const Constants<float>& settings, int part) {
   constexpr int64_t width = Simd<float>::width;
   const uint64_t valid = a.valid >> (part * width);
   const int64_t channels = std::min<int64_t>(count_bits(valid), together * width);
+  const bool whole = channels == together * width;
   int64_t spikes = 0;
   for (int64_t col = 0; col < a.columns; ++col) {
     float* const state = a.state ? a.state[col] + a.state_offset + part * width : nullptr;
     vec<float> v[together];
-    if (state) {
+    if (state && whole) {
+      for (int i = 0; i < together; ++i) v[i] = load(state + i * width);
+    } else if (state) {
       float room[together * width] = {};
       std::memcpy(room, state, channels * sizeof(float));
       for (int i = 0; i < together; ++i) v[i] = load(room + i * width);
@@ -120,7 +215,9 @@ int64_t fire_part(const Fire& a, const Constants<float>& settings, int part) {
       out = part == 0 ? word : out | word << (part * width);
       spikes += count_bits(word);
     }
-    if (state) {
+    if (state && whole) {
+      for (int i = 0; i < together; ++i) store(state + i * width, v[i]);
+    } else if (state) {
       float room[together * width];
       for (int i = 0; i < together; ++i) store(room + i * width, v[i]);
       std::memcpy(state, room, channels * sizeof(float));
@@ -434,6 +531,8 @@ void unpack(const uint64_t* bits, int64_t n, float* x) {
 const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
     ATSNN_NAME(ATSNN_LEVEL),
     ATSNN_LEVEL::add_rows,
+    ATSNN_LEVEL::add_groups,
+    ATSNN_LEVEL::list_groups,
     ATSNN_LEVEL::fire,
     ATSNN_LEVEL::attend,
     ATSNN_LEVEL::count,

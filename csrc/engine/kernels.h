@@ -36,6 +36,29 @@ struct AddRows {
   int64_t ahead_lines;
 };
 
+// The same for rows of which many inputs are set: four inputs at a time are looked up in a table of
+// their sixteen sums. A row's sum is that over its groups of four, in order, each group's weights
+// added in order first; with few rows the groups are added without a table, to the same bits.
+struct AddGroups {
+  int64_t outputs, inputs;
+  const float* weight;          // [inputs, panel]
+  const uint64_t* const* bits;  // of each row
+  const uint16_t* code;         // of list_groups
+  const int32_t* row;           // in acc
+  int64_t rows;
+  const float* bias;  // [panel]
+  float* acc;
+  float* table;  // scratch: group_table
+};
+constexpr int64_t group_inputs = 4, group_sums = 1 << group_inputs, group_tile = 12;
+constexpr int64_t group_columns = panel / 2;  // a tile of tables, 24 KB, stays in the first cache
+// Codes of one row.
+constexpr int64_t group_codes(int64_t inputs) {
+  constexpr int64_t step = group_inputs * group_tile;
+  return (inputs + step - 1) / step * group_tile;
+}
+constexpr int64_t group_table = group_tile * group_sums * group_columns;
+
 // Neurons over the timesteps of columns: a column is 64 channels of one token. Column i has the
 // timesteps first[i] .. first[i + 1], each with a row of `acc` (where `still`, row i for all of
 // them), and writes one word at each: spikes[row[step] * stride].
@@ -73,6 +96,9 @@ int64_t attend_scratch(int64_t tokens, int64_t head_dim);
 struct Kernels {
   const char* name;
   void (*add_rows)(const AddRows&);
+  void (*add_groups)(const AddGroups&);
+  // Which sums the groups of each row are: for tile after tile of groups, `group_tile` a row.
+  void (*list_groups)(const uint64_t* const* bits, int64_t rows, int64_t inputs, uint16_t* code);
   // Returns the number of spikes.
   int64_t (*fire)(const Fire&, const NeuronParams&);
   int64_t (*attend)(const Attend&, const NeuronParams&, int64_t image, int64_t first_head,

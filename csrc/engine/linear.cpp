@@ -1,6 +1,6 @@
 #include "linear.h"
 
-#include <cmath>
+#include <numeric>
 
 #include "parallel.h"
 
@@ -137,16 +137,9 @@ void Lists::run(const Kernels& k, const PackedLinear& map, int64_t p, float* acc
 
 namespace {
 
-// Inputs of a row that are not zero; of integers their number is estimated from their first words.
+// About how many inputs of these rows of integers or floats are not zero.
 double expected_entries(const RowInput& in, const int32_t* row, int64_t rows, const Kernels& k,
                         ChunkScratch& s) {
-  if (in.bits) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      count += k.count(in.bits + row[i] * in.stride, words(in.channels));
-    }
-    return static_cast<double>(count);
-  }
   // Every eighth row tells the rate well enough.
   int64_t count = 0, looked = 0;
   for (int64_t i = 0; i < rows; i += 8, ++looked) {
@@ -202,6 +195,13 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
     s.first.reserve(most_rows + 1);
     s.row.reserve(most_rows);
     s.state.reserve(most_rows);
+    s.few.reserve(most_rows);
+    if (a.in.bits) {
+      s.many.reserve(most_rows);
+      s.many_bits.reserve(most_rows);
+      s.code.reserve(most_rows * group_codes(C));
+      s.table.reserve(group_table);
+    }
     s.counted = {};
   }
   parallel(threads, chunks, [&](int64_t chunk, int thread) {
@@ -225,14 +225,44 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
       }
     }
     first[end - begin] = static_cast<int32_t>(local);
-    const bool tiled = expected_entries(a.in, row, n, k, s) > first_cache_rate * n * C;
+    // Rows with many inputs apart.
+    int64_t few = 0, many = 0;
+    double entries = 0;
+    if (a.in.bits) {
+      for (int64_t i = 0; i < n; ++i) {
+        const uint64_t* bits = a.in.bits + row[i] * a.in.stride;
+        const int64_t count = k.count(bits, words(C));
+        if (count > many_rate * C && C >= word_bits) {
+          s.many_bits.data()[many] = bits;
+          s.many.data()[many++] = static_cast<int32_t>(i);
+          s.counted.input += count;
+        } else {
+          s.few.data()[few++] = static_cast<int32_t>(i);
+          entries += count;
+        }
+      }
+    } else {
+      std::iota(s.few.data(), s.few.data() + n, 0);
+      few = n;
+      entries = expected_entries(a.in, row, n, k, s);
+    }
+    const bool tiled = entries > first_cache_rate * few * C;
     const int64_t tile = tiled ? small : std::max<int64_t>(words(C), 1) * word_bits;
-    Lists lists(s, n, C, tiled ? most_tiles : 1, weighted);
-    for (int64_t i = 0; i < n; ++i) s.counted.input += list_row(a.in, row[i], tile, k, lists);
+    Lists lists(s, few, C, tiled ? most_tiles : 1, weighted);
+    for (int64_t i = 0; i < few; ++i) {
+      const int32_t local = s.few.data()[i];
+      lists.begin_row(local);
+      s.counted.input += list_row(a.in, row[local], tile, k, lists);
+    }
     lists.sort();
+    if (many) k.list_groups(s.many_bits.data(), many, C, s.code.data());
     float* const acc = s.acc.data();
     for (int64_t p = 0; p < map.panels(); ++p) {
       lists.run(k, map, p, acc);
+      if (many) {
+        k.add_groups({map.panel_outputs(p), C, map.panel_weight(p), s.many_bits.data(),
+                      s.code.data(), s.many.data(), many, map.panel_bias(p), acc, s.table.data()});
+      }
       s.counted.spikes[p * a.groups / map.panels()] +=
           k.fire({acc, false, first, row, end - begin, a.out + p, map.panels(), map.valid.data()[p],
                   a.state ? s.state.data() : nullptr, p * panel},

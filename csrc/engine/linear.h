@@ -97,6 +97,11 @@ struct ChunkScratch {
   Buffer<int32_t> first, row, histogram;
   Buffer<float*> state;
   Buffer<uint64_t> gate;
+  // Rows of which many inputs are set, and what adding them in groups needs.
+  Buffer<const uint64_t*> many_bits;
+  Buffer<int32_t> many, few;
+  Buffer<uint16_t> code;
+  Buffer<float> table;
   Buffer<uint32_t> found;  // where lists begin that are put together (conv.cpp)
   Buffer<uint16_t> part;
   Buffer<float> patch;  // the inputs of one pixel
@@ -134,9 +139,12 @@ class Lists {
       count -= 16;
     } while (count > 0);
   }
+  // The row the next entries belong to; without it rows come in their order.
+  void begin_row(int64_t row) { name_ = row; }
   void end_tile() {
     jobs_[tile_ * rows_ + row_] = {static_cast<uint32_t>(begin_),
-                                   static_cast<uint32_t>(n_ - begin_), static_cast<uint32_t>(row_)};
+                                   static_cast<uint32_t>(n_ - begin_),
+                                   static_cast<uint32_t>(name_ >= 0 ? name_ : row_)};
     begin_ = n_;
     if (++tile_ == tiles_) tile_ = 0, ++row_;
   }
@@ -154,7 +162,7 @@ class Lists {
   Job *jobs_, *sorted_;
   int64_t rows_, inputs_, tiles_;
   bool weighted_;
-  int64_t n_ = 0, begin_ = 0, row_ = 0, tile_ = 0;
+  int64_t n_ = 0, begin_ = 0, row_ = 0, tile_ = 0, name_ = -1;
 };
 
 // Inputs of a tile of weights: most of 192 stay in the first cache while all rows of a chunk read
@@ -162,6 +170,9 @@ class Lists {
 // the sums of a row again for each tile costs more than weights from the second cache do.
 constexpr int64_t first_cache_inputs = 192;
 constexpr double first_cache_rate = 0.03;
+// A row with more than this share of its inputs set is added in groups of four, which costs the same
+// however many are set. It is a matter of the row alone, as the order of its additions is.
+constexpr double many_rate = 0.36;
 // Inputs of a tile for nearly equal tiles of whole words, at most about `most` each.
 constexpr int64_t tile_inputs(int64_t inputs, int64_t most) {
   const int64_t tiles = std::max<int64_t>((inputs + most - 1) / most, 1);

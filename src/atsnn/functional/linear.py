@@ -211,6 +211,6 @@ def spike_linear_lif(
     s, state = ops.spike_linear_lif(
         backend, layout, spikes, packed.weight, packed.bias, v, packed.outputs, kind,
         tau if kind == "lif" else 1.0, None if inv_tau is None else float(inv_tau.detach()),
-        float(v_threshold), None if v_reset is None else float(v_reset), decay_input,
+        float(v_threshold), None if v_reset is None else float(v_reset), decay_input, return_state,
     )  # fmt: skip
     return (s, state) if return_state else s

@@ -42,7 +42,7 @@ READOUT = "Tensor x, Tensor w, Tensor? sizes, Tensor? token, Tensor? offsets"
 LINEAR = (
     "Tensor spikes, Tensor weight, Tensor bias, Tensor? v, Tensor? token, Tensor? offsets, "
     "int outputs, str kind, float tau, float? inv_tau, float v_threshold, float? v_reset, "
-    "bool decay_input"
+    "bool decay_input, bool keep"
 )
 HALT = "Tensor token, Tensor offsets, str accumulator"
 

@@ -45,7 +45,7 @@ def _pack_linear(weight, bias):
 @composite("spike_linear_lif")
 def _spike_linear_lif(
     spikes, weight, bias, v, token, offsets, outputs, kind, tau, inv_tau, v_threshold, v_reset,
-    decay_input,
+    decay_input, keep,
 ):  # fmt: skip
     as_bits = spikes.dtype == torch.int64
     x = _unpack_spikes(spikes, weight.shape[1]) if as_bits else spikes
@@ -55,7 +55,7 @@ def _spike_linear_lif(
     settings = (kind, tau, v_threshold, v_reset, decay_input, True, "sigmoid", 4.0)
     s, state = neuron_reference(y, v, factor, layout_of(token, offsets), settings)
     state = state.clone() if state is v else state
-    return (_pack_spikes(s) if as_bits else s), state
+    return (_pack_spikes(s) if as_bits else s), (state if keep else state.new_empty(0))
 
 
 @fake("pack_spikes")
@@ -78,7 +78,8 @@ def _pack_linear_fake(weight, bias):
 def _spike_linear_lif_fake(spikes, weight, bias, v, token, offsets, outputs, *settings):
     last = _words(outputs) if spikes.dtype == torch.int64 else outputs
     lead = spikes.shape[1:-1] if token is None else token.shape
-    return spikes.new_empty((*spikes.shape[:-1], last)), weight.new_empty((*lead, outputs))
+    state = (*lead, outputs) if settings[-1] else 0
+    return spikes.new_empty((*spikes.shape[:-1], last)), weight.new_empty(state)
 
 
 def pack_spikes(backend: str, x: Tensor) -> Tensor:
