@@ -13,7 +13,7 @@ import statistics
 import time
 
 import torch
-from bench_engine import RATES, images, in_first_cache
+from bench_engine import LIMIT_ADDS, RATES, images, in_first_cache
 
 import atsnn
 from atsnn.firing import set_firing_rates
@@ -40,14 +40,16 @@ def main() -> None:
     end = time.perf_counter() + args.seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        for _ in range(20):
+        for _ in range(5):
             limit()
-        limits.append((time.perf_counter() - start) / 20)
+        limits.append((time.perf_counter() - start) / 5)
         traces.append(engine(x, return_trace=True, level=args.level))
-    most = 256 * 128 * 64 / statistics.median(limits) / args.threads**0
+    most = LIMIT_ADDS / statistics.median(limits)
     cost = traces[0].cost
     total = statistics.median(t.seconds.total for t in traces)
-    print(f"{engine}\nbatch {args.batch}, {args.threads} threads, {args.rates}, {len(traces)} calls")
+    print(
+        f"{engine}\nbatch {args.batch}, {args.threads} threads, {args.rates}, {len(traces)} calls"
+    )
     print(f"{'part':10} {'ms':>8} {'share':>6} {'M SOPs':>8} {'G add/s':>8} {'of limit':>8}")
     for part, _ in traces[0].seconds:
         seconds = statistics.median(t.seconds[part] for t in traces)
