@@ -170,8 +170,8 @@ class Lists {
 // the sums of a row again for each tile costs more than weights from the second cache do.
 constexpr int64_t first_cache_inputs = 192;
 constexpr double first_cache_rate = 0.03;
-// A row with more than this share of its inputs set is added in groups of four, which costs the same
-// however many are set. It is a matter of the row alone, as the order of its additions is.
+// A row with more than this share of its inputs set is added in groups of four, which costs the
+// same however many are set. It is a matter of the row alone, as the order of its additions is.
 constexpr double many_rate = 0.36;
 // Inputs of a tile for nearly equal tiles of whole words, at most about `most` each.
 constexpr int64_t tile_inputs(int64_t inputs, int64_t most) {

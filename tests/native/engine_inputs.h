@@ -13,6 +13,7 @@ namespace atsnn {
 // as many as time allows.
 void check_lists(uint64_t seed);
 void check_add_rows(uint64_t seed);
+void check_add_groups(uint64_t seed);
 void check_fire(uint64_t seed);
 void check_attention(uint64_t seed);
 void check_spike_driven_attention(uint64_t seed);
@@ -63,6 +64,17 @@ struct Map {
   void add(int64_t i, float x, float* sums) const {
     const float* w = weight.data() + i * outputs;
     for (int64_t o = 0; x != 0 && o < outputs; ++o) sums[o] += x * w[o];
+  }
+  // Adds groups of four inputs, each summed up first.
+  template <class IsSet>
+  void add_groups(IsSet is_set, float* sums) const {
+    for (int64_t first = 0; first < inputs; first += group_inputs) {
+      std::vector<float> group(outputs);
+      for (int64_t i = first; i < std::min(first + group_inputs, inputs); ++i) {
+        if (is_set(i)) add(i, 1, group.data());
+      }
+      for (int64_t o = 0; o < outputs; ++o) sums[o] += group[o];
+    }
   }
 };
 

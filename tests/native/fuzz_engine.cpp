@@ -12,8 +12,9 @@ namespace {
 // Whether every kind of case passes.
 bool passes(uint64_t seed) {
   bool all = true;
-  for (const auto check : {check_lists, check_add_rows, check_fire, check_attention,
-                           check_spike_driven_attention, check_linear, check_conv, check_network}) {
+  for (const auto check :
+       {check_lists, check_add_rows, check_add_groups, check_fire, check_attention,
+        check_spike_driven_attention, check_linear, check_conv, check_network}) {
     try {
       check(seed);
     } catch (const Failed&) {

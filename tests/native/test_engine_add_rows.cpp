@@ -1,4 +1,4 @@
-// Rows of weights added to sums, in the order of the entries.
+// Rows of weights added to sums: in the order of the entries, or in groups of four inputs.
 #include "engine_inputs.h"
 
 namespace atsnn {
@@ -49,6 +49,49 @@ void check_add_rows(uint64_t seed) {
     }
     CHECK_SAME(exist, want);
   });
+}
+
+void check_add_groups(uint64_t seed) {
+  Random random(seed);
+  const int64_t inputs = random.pick<int64_t>({1, 4, 47, 48, 64, 65, 100, 200});
+  const int64_t outputs = random.chance(0.3) ? panel : random.between(1, panel);
+  const int64_t rows = random.pick<int64_t>({0, 1, 11, 12, 13, 30}), stride = words(inputs);
+  const Map map(random, outputs, inputs);
+  const auto bits = random_bits(random, rows, inputs, random.pick({0.0, 0.3, 0.7, 1.0}), stride);
+  // Rows go anywhere in the sums, and leave the others alone.
+  const int64_t first = random.between(0, 2), step = random.between(1, 2);
+  const Array<float> start((first + rows * step) * panel);
+  std::vector<float> want = copied(start);
+  Array<const uint64_t*> row_bits(rows);
+  Array<int32_t> row(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    row_bits[r] = bits.data() + r * stride;
+    row[r] = first + (rows - 1 - r) * step;
+    float* sums = want.data() + row[r] * panel;
+    std::copy(map.bias.begin(), map.bias.end(), sums);
+    map.add_groups([&](int64_t i) { return bit_at(bits, stride, r, i); }, sums);
+  }
+  const Array<float> weight(
+      std::vector<float>(map.packed.weight, map.packed.weight + inputs * panel));
+  const Array<float> bias(
+      std::vector<float>(map.packed.bias.data(), map.packed.bias.data() + panel));
+  each_kernels("add_groups", seed, "rows = " + std::to_string(rows), [&](const Kernels& k) {
+    Array<float> acc(copied(start)), table(group_table);
+    Array<uint16_t> code(rows * group_codes(inputs));
+    k.list_groups(row_bits.data(), rows, inputs, code.data());
+    k.add_groups({outputs, inputs, weight.data(), row_bits.data(), code.data(), row.data(), rows,
+                  bias.data(), acc.data(), table.data()});
+    std::vector<float> exist = copied(acc);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = row[r] * panel;
+      std::copy_n(&want[at] + outputs, panel - outputs, &exist[at] + outputs);
+    }
+    CHECK_SAME(exist, want);
+  });
+}
+
+TEST(engine_add_groups) {
+  for (uint64_t seed = 0; seed < 1000; ++seed) check_add_groups(seed);
 }
 
 TEST(engine_add_rows) {

@@ -35,6 +35,12 @@ struct Rows {
            : form == Form::counts ? counts[row * channels + i]
                                   : values[row * channels + i];
   }
+  // Whether the row is one of bits that are added in groups.
+  bool many(int64_t row) const {
+    int64_t n = 0;
+    for (int64_t i = 0; form == Form::bits && i < channels; ++i) n += at(row, i) != 0;
+    return channels >= word_bits && n > many_rate * channels;
+  }
   // From row `first` on.
   RowInput input(int64_t first) const {
     RowInput in{channels};
@@ -77,7 +83,11 @@ void check_linear(uint64_t seed) {
     for (int64_t i = 0; i < inputs; ++i) counted.input += x.at(row, i);
     for (int64_t g = 0; g < groups; ++g) {
       std::vector<float> sums = maps[g].bias;
-      for (int64_t i = 0; i < inputs; ++i) maps[g].add(i, x.at(row, i), sums.data());
+      if (x.many(row)) {
+        maps[g].add_groups([&](int64_t i) { return x.at(row, i) != 0; }, sums.data());
+      } else {
+        for (int64_t i = 0; i < inputs; ++i) maps[g].add(i, x.at(row, i), sums.data());
+      }
       for (int64_t o = 0; o < outputs; ++o) {
         const int64_t at = g * part * panel + o;
         if (!neuron_step(p, sums[o], v[(b * N + token) * packed.outputs + at])) continue;
