@@ -9,6 +9,7 @@
 
 #include "common.h"
 #include "engine.h"
+#include "neuron.h"
 
 namespace py = pybind11;
 
@@ -43,10 +44,8 @@ std::vector<std::string> levels() {
 }
 
 NeuronParams neuron_of(const py::dict& d) {
-  const auto kind = d["charge"].cast<std::string>();
-  const Charge charge = kind == "integrate" ? Charge::integrate
-                        : kind == "decay"   ? Charge::decay
-                                            : Charge::no_decay;
+  const auto kind = d["kind"].cast<std::string>();
+  const Charge charge = charge_of(kind, d["decay_input"].cast<bool>());
   return neuron_settings(
       charge, d["tau"].cast<double>(), d["inv_tau"].cast<std::optional<double>>(),
       d["v_threshold"].cast<double>(), d["v_reset"].cast<std::optional<double>>());

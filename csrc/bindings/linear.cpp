@@ -179,9 +179,7 @@ std::tuple<Tensor, Tensor> spike_linear_lif(
   Tensor out = at::empty(out_shape, spikes.options().dtype(at::kLong));
   thread_local Columns columns;
   columns.set(layout.view);
-  const Charge charge = kind == "if"  ? Charge::integrate
-                        : decay_input ? Charge::decay
-                                      : Charge::no_decay;
+  const Charge charge = charge_of(std::string_view(kind.data(), kind.size()), decay_input);
   run_linear_lif({in, &map, neuron_settings(charge, tau, inv_tau, v_threshold, v_reset),
                   layout.view, &columns, reinterpret_cast<uint64_t*>(write<int64_t>(out)),
                   state.defined() ? write<float>(state) : nullptr},

@@ -23,9 +23,7 @@ NeuronParams neuron_params(const std::optional<Tensor>& inv_tau, c10::string_vie
   TORCH_CHECK_VALUE(kind == "lif" || kind == "if" || kind == "plif", "neuron: unknown kind '",
                     std::string(kind), "', must be 'lif', 'if' or 'plif'");
   TORCH_CHECK_VALUE(kind != "plif" || inv_tau, "neuron: kind='plif' needs inv_tau");
-  const Charge charge = kind == "if"  ? Charge::integrate
-                        : decay_input ? Charge::decay
-                                      : Charge::no_decay;
+  const Charge charge = charge_of(std::string_view(kind.data(), kind.size()), decay_input);
   const auto factor =
       kind == "plif" ? std::optional<double>(inv_tau->item<double>()) : std::nullopt;
   NeuronParams p = neuron_settings(charge, tau, factor, v_threshold, v_reset);

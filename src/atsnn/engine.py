@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from .checks import (
     check_finite,
     check_shape,
     check_tensor,
-    shape_of,
 )
 from .cost import Cost, Parts, cost_of_trace
 from .functional.linear import MOST_INPUTS, MOST_TIMESTEPS
@@ -28,7 +27,7 @@ from .nn.config import SpikformerConfig
 from .nn.execution import EXECUTIONS
 from .nn.halting import Halting
 from .nn.merging import TokenMerge
-from .nn.model import ATSpikformer, Head
+from .nn.model import ATSpikformer, Head, check_images
 from .nn.neurons import IF, LIF, PLIF
 from .nn.spike_linear import fold
 from .nn.stem import SpikingPatchSplitting
@@ -195,23 +194,15 @@ class Engine:
         return self._trace(arrays, report, T, B, N, still)
 
     def _images(self, x: Tensor) -> Tensor:
-        c = self.config
         op = "Engine"
-        if not isinstance(x, Tensor):
-            raise InvalidType(f"{op}: images must be a torch.Tensor, got {type(x).__name__}")
-        want = (c.in_channels, c.image_size, c.image_size)
-        if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != want:
-            raise InvalidValue(
-                f"{op}: images must have shape [B, C, H, W] or [T, B, C, H, W] with "
-                f"(C, H, W) = {want}, got {shape_of(x)}"
-            )
+        check_images(op, self.config, x)
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise InvalidType(
                 f"{op}: images must be float32 on the CPU, got {x.dtype} on {x.device}"
             )
-        if x.dim() == 5 and not 1 <= x.shape[0] <= MOST_TIMESTEPS:
+        if x.dim() == 5 and x.shape[0] > MOST_TIMESTEPS:
             raise InvalidValue(
-                f"{op}: images must have T in 1 .. {MOST_TIMESTEPS}, got T = {x.shape[0]}"
+                f"{op}: images must have at most {MOST_TIMESTEPS} timesteps, got T = {x.shape[0]}"
             )
         check_finite(op, "images", x)
         return x
@@ -456,12 +447,13 @@ def _layer(layer: nn.Linear | nn.Conv2d, bn: Any, neuron: Any) -> dict[str, Any]
 
 
 def _neuron(neuron: IF | LIF | PLIF) -> dict[str, Any]:
-    decays = cast(bool, getattr(neuron, "decay_input", True))
-    inv_tau = float(neuron.w.detach().sigmoid()) if isinstance(neuron, PLIF) else None
+    settings = neuron._settings()
+    inv_tau = settings.get("inv_tau")
     return {
-        "charge": "integrate" if isinstance(neuron, IF) else "decay" if decays else "no_decay",
-        "tau": float(getattr(neuron, "tau", 2.0)),
-        "inv_tau": inv_tau,
+        "kind": neuron.kind,
+        "decay_input": settings.get("decay_input", True),
+        "tau": settings.get("tau", 2.0),
+        "inv_tau": None if inv_tau is None else float(inv_tau.detach()),
         "v_threshold": neuron.v_threshold,
         "v_reset": neuron.v_reset,
     }

@@ -168,16 +168,8 @@ class ATSpikformer(nn.Module):
         return self._parallel(x, return_trace, rates)
 
     def _images(self, x: Tensor) -> Tensor:
-        c = self.config
         op = "ATSpikformer"
-        if not isinstance(x, Tensor):
-            raise InvalidType(f"{op}: images must be a torch.Tensor, got {type(x).__name__}")
-        want = (c.in_channels, c.image_size, c.image_size)
-        if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != want:
-            raise InvalidValue(
-                f"{op}: images must have shape [B, C, H, W] or [T, B, C, H, W] with "
-                f"(C, H, W) = {want}, got {shape_of(x)}"
-            )
+        check_images(op, self.config, x)
         parameter = self.head.weight
         if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
             raise InvalidType(
@@ -189,8 +181,6 @@ class ATSpikformer(nn.Module):
                 f"{op}: images must be on the device of the parameters, {parameter.device}, "
                 f"got {x.device}"
             )
-        if x.dim() == 5 and x.shape[0] == 0:
-            raise InvalidValue(f"{op}: images must have T >= 1 timesteps, got T = 0")
         check_finite(op, "images", x)
         return x
 
@@ -226,6 +216,20 @@ class ATSpikformer(nn.Module):
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
         """Scores ``[R]`` of the active cells after block ``number``."""
         return None if self.halting is None else run.rows(self.halting(run.x))
+
+
+def check_images(op: str, config: SpikformerConfig, x: Tensor) -> None:
+    """Check the shape of still images or video for a model of this configuration."""
+    if not isinstance(x, Tensor):
+        raise InvalidType(f"{op}: images must be a torch.Tensor, got {type(x).__name__}")
+    want = (config.in_channels, config.image_size, config.image_size)
+    if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != want:
+        raise InvalidValue(
+            f"{op}: images must have shape [B, C, H, W] or [T, B, C, H, W] with "
+            f"(C, H, W) = {want}, got {shape_of(x)}"
+        )
+    if x.dim() == 5 and x.shape[0] == 0:
+        raise InvalidValue(f"{op}: images must have T >= 1 timesteps, got T = 0")
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
