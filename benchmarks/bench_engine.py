@@ -30,6 +30,7 @@ from atsnn.data import load
 from atsnn.firing import set_firing_rates
 from atsnn.measure import interleaved, realized_fraction
 from atsnn.schedule import synthetic_depths, synthetic_scores
+from atsnn.testing import exact_images, exact_model
 
 L, T, N = 4, 4, 64
 ROUNDS = 15
@@ -128,6 +129,11 @@ class Peer:
 
 @pytest.fixture(scope="module")
 def peer():
+    """Once the engine is known to give the model's bits on exact weights."""
+    config = atsnn.SpikformerConfig(pool="before_lif", bias=False)
+    model, x = exact_model(config), exact_images(config, 2)
+    with torch.no_grad():
+        assert torch.equal(atsnn.freeze(model)(x), model(x))
     return Peer()
 
 
@@ -142,8 +148,8 @@ def test_network(benchmark, report, threads, B, peer):
         carry_over(model, peer.model)
         engine = atsnn.freeze(model)
         with torch.no_grad():
+            # An untrained network is chaotic: one spike that flips at its threshold flips others.
             difference = compare_engine(model, x)
-            assert difference.classes == 0
             torch.testing.assert_close(model(x), peer.eager(x).mean(0), rtol=1e-3, atol=1e-3)
             trace = engine(x, return_trace=True)
             functions = {

@@ -237,30 +237,34 @@ void pool_sums(const float* sums, int64_t height, int64_t width, float* out) {
   }
 }
 
-// One item: a panel of an image, timestep by timestep, as pooling needs all pixels.
-void run_pooled(const ConvLif& a, const Kernels& k, int64_t item, ChunkScratch& s) {
+// One item: panels [begin, end) of an image, timestep by timestep, as pooling needs all pixels.
+void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin, int64_t end,
+                ChunkScratch& s) {
   const PackedLinear& map = *a.map;
-  const int64_t image = item / map.panels(), p = item % map.panels();
   const int64_t pixels = halved(a.height) * halved(a.width);
   float* const pooled = s.room.data();
-  float* const membrane = pooled + pixels * panel;
+  float* const membranes = pooled + pixels * panel;
   const int64_t shown = a.still ? a.T : 1;
   const double input = s.counted.input;
-  if (!a.state) std::fill_n(membrane, pixels * panel, static_cast<float>(a.neuron.v_reset));
+  if (!a.state) {
+    std::fill_n(membranes, (end - begin) * pixels * panel, static_cast<float>(a.neuron.v_reset));
+  }
   for (int64_t t = 0; t < (a.still ? 1 : a.T); ++t) {
     const Lists lists = list_strip(a, k, {image, 0, a.height}, t, t + 1, s);
-    lists.run(k, map, p, s.acc.data());
-    pool_sums(s.acc.data(), a.height, a.width, pooled);
     set_columns(a, image, pixels, 0, pixels, t, shown, s);
-    if (!a.state) {
-      for (int64_t i = 0; i < pixels; ++i) s.state.data()[i] = membrane + i * panel;
+    for (int64_t p = begin; p < end; ++p) {
+      lists.run(k, map, p, s.acc.data());
+      pool_sums(s.acc.data(), a.height, a.width, pooled);
+      for (int64_t i = 0; !a.state && i < pixels; ++i) {
+        s.state.data()[i] = membranes + ((p - begin) * pixels + i) * panel;
+      }
+      s.counted.spikes[0] +=
+          k.fire({pooled, a.still, s.first.data(), s.row.data(), pixels, a.out + p, map.panels(),
+                  map.valid.data()[p], s.state.data(), a.state ? p * panel : 0},
+                 a.neuron);
     }
-    s.counted.spikes[0] +=
-        k.fire({pooled, a.still, s.first.data(), s.row.data(), pixels, a.out + p, map.panels(),
-                map.valid.data()[p], s.state.data(), a.state ? p * panel : 0},
-               a.neuron);
   }
-  if (p > 0) s.counted.input = input;  // counted once
+  if (begin > 0) s.counted.input = input;  // counted once
 }
 
 // One item: a strip of an image, all timesteps and panels.
@@ -285,12 +289,18 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
   if (a.B == 0 || a.T == 0) return {};
   if (a.pool) {
     const int64_t pixels = halved(a.height) * halved(a.width);
+    // Where images are few, several threads share one, each with panels of its own.
+    const int64_t panels = a.map->panels();
+    const int64_t shares = std::clamp<int64_t>((threads + a.B - 1) / a.B, 1, panels);
     for (ChunkScratch& s : scratch) {
       reserve(a, a.height, 1, s);
-      s.room.reserve(2 * pixels * panel);
+      s.room.reserve((1 + (panels + shares - 1) / shares) * pixels * panel);
     }
-    parallel(threads, a.B * a.map->panels(),
-             [&](int64_t item, int thread) { run_pooled(a, k, item, scratch[thread]); });
+    parallel(threads, a.B * shares, [&](int64_t item, int thread) {
+      const int64_t share = item % shares;
+      run_pooled(a, k, item / shares, panels * share / shares, panels * (share + 1) / shares,
+                 scratch[thread]);
+    });
   } else {
     const int64_t steps = a.still ? 1 : a.T;
     int64_t rows = std::clamp<int64_t>(strip_rows / (a.width * steps), 1, a.height);

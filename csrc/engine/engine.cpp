@@ -70,6 +70,11 @@ struct OwnedLayout {
   }
 };
 
+template <class T>
+void larger_first(Buffer<T>& a, Buffer<T>& b) {
+  if (a.capacity() < b.capacity()) std::swap(a, b);
+}
+
 constexpr int64_t rows_a_task = 64;  // where rows are handed to threads
 
 }  // namespace
@@ -133,6 +138,9 @@ class Pass {
     stem();
     start();
     c_.halting == Accumulator::sequential ? run_sequential() : run_parallel();
+    // Where the next call begins is the larger one, so that a repeated shape grows nothing.
+    larger_first(ws_.counts, ws_.counts_next);
+    larger_first(ws_.values, ws_.values_next);
   }
 
  private:
@@ -614,8 +622,7 @@ class Pass {
   void take_rows(const int64_t* index, int64_t rows) {
     copy_rows(index, rows, floats_ ? nullptr : ws_.counts_next.reserve(rows * C_),
               floats_ ? ws_.values_next.reserve(rows * C_) : nullptr);
-    std::swap(ws_.counts, ws_.counts_next);
-    std::swap(ws_.values, ws_.values_next);
+    floats_ ? std::swap(ws_.values, ws_.values_next) : std::swap(ws_.counts, ws_.counts_next);
   }
 
   // Which tokens merge: ws_.target, by the firing counts of the keys.
@@ -707,6 +714,8 @@ class Pass {
     for (int64_t t = 0; t < T_; ++t) {
       sequential_step(t, ws_.all_counts.data(), state, total, features, ran, threshold);
     }
+    larger_first(ws_.counts, ws_.counts_next);
+    std::swap(ws_.counts, ws_.all_counts);
     double* sums = ws_.features.reserve_zeros(B_ * C_);
     for (int64_t i = 0; i < tokens; ++i) {
       const double steps = static_cast<double>(std::max<int64_t>(ran[i], 1));

@@ -516,7 +516,7 @@ void unpack(const uint64_t* bits, int64_t n, float* x) {
     for (int64_t i = 0; i < width; ++i) to[i] = (some >> i) & 1 ? 1.0f : 0.0f;
 #endif
   }
-  std::memcpy(x + whole, last, (n - whole) * sizeof(float));
+  if (whole < n) std::memcpy(x + whole, last, (n - whole) * sizeof(float));
 }
 
 }  // namespace

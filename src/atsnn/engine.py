@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,17 +58,24 @@ class EngineTrace(Trace):
 
     Attributes
     ----------
-    cost : Cost
-        FLOPs, SOPs, bytes and energy by part, of the rows that ran.
     seconds : Parts
         Time spent in each part.
     rows : list of int
         Rows each block ran, over the whole batch.
+    config : SpikformerConfig
+    still : bool
+        Whether the images stood still.
     """
 
-    cost: Cost
     seconds: Parts
     rows: list[int]
+    config: SpikformerConfig
+    still: bool
+
+    @cached_property
+    def cost(self) -> Cost:
+        """FLOPs, SOPs, bytes and energy by part, of the rows that ran and what fired in them."""
+        return cost_of_trace(self.config, self, self.still)
 
 
 class EngineState:
@@ -249,9 +257,10 @@ class Engine:
         )  # fmt: skip
         return EngineTrace(
             **vars(trace),
-            cost=cost_of_trace(c, trace, still),
             seconds=Parts(**dict(zip(PARTS, report["seconds"], strict=True))),
             rows=list(report["rows"]),
+            config=c,
+            still=still,
         )
 
     def _rates(self, report: dict[str, Any], T: int, B: int, still: bool) -> dict[str, float]:
