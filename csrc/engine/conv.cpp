@@ -267,19 +267,22 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
   if (begin > 0) s.counted.input = input;  // counted once
 }
 
-// One item: a strip of an image, all timesteps and panels.
-void run_strip(const ConvLif& a, const Kernels& k, Strip strip, ChunkScratch& s) {
+// One item: a strip of an image, all timesteps, panels [first, last).
+void run_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t first, int64_t last,
+               ChunkScratch& s) {
   const PackedLinear& map = *a.map;
+  const double input = s.counted.input;
   const int64_t begin = strip.top * a.width, end = strip.bottom * a.width;
   const Lists lists = list_strip(a, k, strip, 0, a.still ? 1 : a.T, s);
   set_columns(a, strip.image, a.height * a.width, begin, end, 0, a.T, s);
-  for (int64_t p = 0; p < map.panels(); ++p) {
+  for (int64_t p = first; p < last; ++p) {
     lists.run(k, map, p, s.acc.data());
     s.counted.spikes[0] +=
         k.fire({s.acc.data(), a.still, s.first.data(), s.row.data(), end - begin, a.out + p,
                 map.panels(), map.valid.data()[p], a.state ? s.state.data() : nullptr, p * panel},
                a.neuron);
   }
+  if (first > 0) s.counted.input = input;  // counted once
 }
 
 }  // namespace
@@ -289,9 +292,7 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
   if (a.B == 0 || a.T == 0) return {};
   if (a.pool) {
     const int64_t pixels = halved(a.height) * halved(a.width);
-    // Where images are few, several threads share one, each with panels of its own.
-    const int64_t panels = a.map->panels();
-    const int64_t shares = std::clamp<int64_t>((threads + a.B - 1) / a.B, 1, panels);
+    const int64_t panels = a.map->panels(), shares = shares_of(a.B, panels, threads);
     for (ChunkScratch& s : scratch) {
       reserve(a, a.height, 1, s);
       s.room.reserve((1 + (panels + shares - 1) / shares) * pixels * panel);
@@ -303,13 +304,14 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     });
   } else {
     const int64_t steps = a.still ? 1 : a.T;
-    int64_t rows = std::clamp<int64_t>(strip_rows / (a.width * steps), 1, a.height);
-    if (a.B < threads) rows = std::min(rows, (a.height + threads - 1) / threads);
-    const int64_t strips = (a.height + rows - 1) / rows;
+    const int64_t rows = std::clamp<int64_t>(strip_rows / (a.width * steps), 1, a.height);
+    const int64_t strips = (a.height + rows - 1) / rows, panels = a.map->panels();
+    const int64_t shares = shares_of(a.B * strips, panels, threads);
     for (ChunkScratch& s : scratch) reserve(a, rows, steps, s);
-    parallel(threads, a.B * strips, [&](int64_t item, int thread) {
-      const int64_t top = item % strips * rows;
-      run_strip(a, k, {item / strips, top, std::min(top + rows, a.height)}, scratch[thread]);
+    parallel(threads, a.B * strips * shares, [&](int64_t item, int thread) {
+      const int64_t share = item % shares, strip = item / shares % strips, top = strip * rows;
+      run_strip(a, k, {item / shares / strips, top, std::min(top + rows, a.height)},
+                panels * share / shares, panels * (share + 1) / shares, scratch[thread]);
     });
   }
   Counted counted;

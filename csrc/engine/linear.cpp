@@ -184,7 +184,8 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
   const int64_t rows = a.layout.rows(), C = a.in.channels;
   if (columns.size() == 0) return {};
   int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-  chunks = std::min((chunks + threads - 1) / threads * threads, columns.size());
+  const int64_t shares = shares_of(chunks, map.panels(), threads);
+  if (shares == 1) chunks = std::min((chunks + threads - 1) / threads * threads, columns.size());
   const int64_t small = tile_inputs(C, first_cache_inputs);
   const int64_t most_tiles = std::max<int64_t>((C + small - 1) / small, 1);
   const bool weighted = !a.in.bits;
@@ -204,8 +205,10 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
     }
     s.counted = {};
   }
-  parallel(threads, chunks, [&](int64_t chunk, int thread) {
+  parallel(threads, chunks * shares, [&](int64_t item, int thread) {
     ChunkScratch& s = scratch[thread];
+    const int64_t chunk = item / shares, share = item % shares;
+    const double input = s.counted.input;
     const int64_t begin = columns.chunk_begin(chunk, chunks);
     const int64_t end = columns.chunk_begin(chunk + 1, chunks);
     if (begin == end) return;
@@ -257,7 +260,7 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
     lists.sort();
     if (many) k.list_groups(s.many_bits.data(), many, C, s.code.data());
     float* const acc = s.acc.data();
-    for (int64_t p = 0; p < map.panels(); ++p) {
+    for (int64_t p = map.panels() * share / shares; p < map.panels() * (share + 1) / shares; ++p) {
       lists.run(k, map, p, acc);
       if (many) {
         k.add_groups({map.panel_outputs(p), C, map.panel_weight(p), s.many_bits.data(),
@@ -268,6 +271,7 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
                   a.state ? s.state.data() : nullptr, p * panel},
                  a.neuron);
     }
+    if (share > 0) s.counted.input = input;  // counted once
   });
   Counted counted;
   for (const ChunkScratch& s : scratch) counted += s.counted;

@@ -179,6 +179,12 @@ constexpr int64_t tile_inputs(int64_t inputs, int64_t most) {
   return std::max<int64_t>(words((inputs + tiles - 1) / tiles), 1) * word_bits;
 }
 
+// Threads that share one piece of work where pieces are few, each with panels of its own: so each
+// reads a part of the weights, which are more than the rows that all of them list.
+constexpr int64_t shares_of(int64_t pieces, int64_t panels, int64_t threads) {
+  return std::clamp<int64_t>((threads + pieces - 1) / pieces, 1, std::max<int64_t>(panels, 1));
+}
+
 struct LinearLif {
   RowInput in;
   const PackedLinear* map;
