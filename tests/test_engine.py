@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -202,6 +203,15 @@ def test_compare_sees_a_spike_that_flips():
     assert same.flipped == 0 and same.spikes > 1000 and same.logits == 0
     assert str(same) == "engine = model on 3 images (bit for bit, no flipped spike)"
 
+    for arguments, error, message in (
+        ((atsnn.freeze(model), images), InvalidType, "must be an ATSpikformer, got Engine"),
+        ((model, images.tolist()), InvalidType, "must be a torch.Tensor, got list"),
+        ((model, images[:0]), InvalidValue, "at least one"),
+        ((model, images, 0), InvalidValue, "batch must be"),
+    ):
+        with pytest.raises(error, match=message):
+            compare_engine(*arguments)
+
     class Shifted(ann.LIF):
         """Fires at another threshold than it says."""
 
@@ -278,6 +288,18 @@ def test_streaming_refusals():
         engine(images[:1], state=state)
     with pytest.raises(InvalidType, match="state must be an EngineState, got dict"):
         engine(images, state={})
+    for other in (atsnn.freeze(model), atsnn.freeze(exact_model(small("depth")))):
+        with pytest.raises(InvalidValue, match="got one of another engine's"):
+            other(images, state=state)
+    for thing, message in ((engine, "freeze on it again"), (state, "make a new one")):
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(InvalidType, match=message):
+                copied(thing)
+    state._in_use.acquire()
+    with pytest.raises(InvalidValue, match="in use by another call"):
+        engine(images, state=state)
+    state._in_use.release()
+    engine(images, state=state)
     merging = atsnn.freeze(exact_model(small("merging")))
     with pytest.raises(InvalidValue, match="cannot stream"):
         merging(images, state=atsnn.EngineState())
@@ -467,7 +489,7 @@ def test_freeze_refuses_what_it_cannot_compute():
         (hook, InvalidValue, "no forward hooks.*got one at block.0"),
         (unlike, InvalidValue, "same settings, got others in block 1"),
         (lambda m: m.double(), InvalidType, "must be float32 on the CPU, got torch.float64"),
-        (lambda m: nn.Sequential(m), InvalidType, "must be an ATSpikformer, got Sequential"),
+        (lambda m: nn.Sequential(m), InvalidType, "must be an ATSpikformer, .*got Sequential"),
     ):
         refused(change, error, message)
     random = atsnn.SpikformerConfig(**SMALL, merge_r=1, merge_match="random")
@@ -511,6 +533,7 @@ def test_engine_refuses_wrong_images():
         (good[0], InvalidValue, r"\[B, C, H, W\] or \[T, B, C, H, W\]"),
         (good[:, :1], InvalidValue, r"\(C, H, W\) = \(2, 16, 16\), got \(2, 1, 16, 16\)"),
         (good.double(), InvalidType, "float32 on the CPU, got torch.float64"),
+        (good.to_sparse(), InvalidType, "images must be a dense tensor, got layout torch.sparse"),
         (good.to("meta"), InvalidType, "float32 on the CPU, got torch.float32 on meta"),
         (good.new_zeros(0, *good.shape), InvalidValue, "T >= 1 timesteps, got T = 0"),
         (good.masked_fill(good > 0.5, float("inf")), InvalidValue, "images must be finite"),

@@ -131,8 +131,9 @@ def test_refusals():
     for message, error, call in (
         ("spikes must be one of float32, int64", InvalidType,
          lambda: F.spike_linear_lif(x.double(), weight)),
-        ("8 last for 8 inputs", InvalidValue, lambda: F.spike_linear_lif(x[..., :7], weight)),
-        ("1 last for 8 inputs as bits", InvalidValue,
+        ("shape .T, ..., 8. for 8 inputs,", InvalidValue,
+         lambda: F.spike_linear_lif(x[..., :7], weight)),
+        ("shape .T, ..., 1. for 8 inputs as bits", InvalidValue,
          lambda: F.spike_linear_lif(torch.zeros(2, 3, 2, dtype=torch.int64), weight)),
         ("bits past the last", ValueError,
          lambda: F.spike_linear_lif(torch.full((2, 3, 1), 256), weight)),
@@ -229,6 +230,29 @@ def test_layer_trains_and_packs_again_after_a_change():
         assert not torch.equal(made(x), before)
 
 
+def test_layer_sees_changes():
+    """Of `eps`, of a BatchNorm in training, and after a change of mode those past autograd."""
+    x = (torch.rand(4, 8, 20) < 0.3).float()
+
+    def same(made):
+        found = []
+        for grad in (True, False):
+            made.reset()
+            with torch.set_grad_enabled(grad):
+                found.append(made(x))
+        return torch.equal(*found)
+
+    for change in (
+        lambda m: setattr(m.bn, "eps", 12.0 + 2.0**-10),
+        lambda m: (m.linear.weight.data.mul_(2.0), m.eval()),
+        lambda m: m.bn.train(),
+    ):
+        made = layer().eval()
+        assert same(made)
+        change(made)
+        assert same(made)
+
+
 def test_layer_of_modules_copies_and_pickles():
     linear, bn, lif = nn.Linear(20, 70), nn.BatchNorm1d(70), ann.LIF()
     made = ann.SpikeLinear.of(linear, bn, lif).eval()
@@ -244,6 +268,12 @@ def test_layer_of_modules_copies_and_pickles():
     }  # fmt: skip
 
 
+@torch.no_grad()
+def other_batch(made):
+    made(torch.zeros(2, 3, 20))
+    made(torch.zeros(2, 4, 20))
+
+
 def test_layer_refusals():
     for message, error, call in (
         ("linear must be of Linear", InvalidType,
@@ -253,6 +283,7 @@ def test_layer_refusals():
         ("step_mode='m'", InvalidValue,
          lambda: ann.SpikeLinear(2, 3, neuron=ann.LIF(step_mode="s"))),
         ("x must have shape", InvalidValue, lambda: layer()(torch.zeros(2, 3, 19))),
+        ("membrane kept from the last call", InvalidValue, lambda: other_batch(layer().eval())),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()

@@ -1,6 +1,6 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
-from . import compare, functional, nn, schedule, testing
+from . import compare, firing, functional, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
@@ -23,6 +23,7 @@ __all__ = [
     "compare",
     "cost",
     "create_model",
+    "firing",
     "freeze",
     "from_pretrained",
     "functional",

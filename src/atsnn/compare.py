@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import InvalidType, InvalidValue, check_integer, shape_of
 from .engine import freeze, layer_name
 from .layout import TokenLayout
-from .nn.model import ATSpikformer, evaluating
+from .nn.model import ATSpikformer, check_images, evaluating
 from .nn.trace import FiringRates, Trace
 
 __all__ = ["Difference", "compare_engine", "compare_executions"]
@@ -100,7 +101,28 @@ def compare_engine(model: ATSpikformer, images: Tensor, batch: int = 32) -> Diff
     """Run ``images`` through ``model`` and its engine, in evaluation mode, and count what differs.
 
     The engine folds BatchNorm into the weights and adds in another order.
+
+    Parameters
+    ----------
+    model : ATSpikformer
+        Its mode is restored afterwards.
+    images : Tensor
+        As the model takes them; at least one.
+    batch : int
+        Images that run together.
+
+    Returns
+    -------
+    Difference
+        Its text says in a line what was found.
     """
+    op = "compare_engine"
+    if not isinstance(model, ATSpikformer):
+        raise InvalidType(f"{op}: model must be an ATSpikformer, got {type(model).__name__}")
+    check_images(op, model.config, images)
+    check_integer(op, "batch", batch, at_least=1)
+    if not images.numel():
+        raise InvalidValue(f"{op}: images must hold at least one, got {shape_of(images)}")
     total = Difference(0, 0, 0, 0, 0, 0.0, ("engine", "model"))
     with torch.no_grad(), evaluating(model):
         engine = freeze(model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,7 +61,7 @@ class EngineTrace(Trace):
     Attributes
     ----------
     seconds : Parts
-        Time spent in each part.
+        Time spent in each part, for the whole batch.
     rows : list of int
         Rows each block ran, over the whole batch.
     config : SpikformerConfig
@@ -74,20 +76,26 @@ class EngineTrace(Trace):
 
     @cached_property
     def cost(self) -> Cost:
-        """FLOPs, SOPs, bytes and energy by part, of the rows that ran and what fired in them."""
+        """FLOPs, SOPs, bytes and energy by part, of the rows that ran and what fired in them.
+
+        Its ``dense`` is None: what the same network costs without halting is told by the trace of
+        ``freeze(model.without_halting())``, or by :func:`atsnn.cost` of the model.
+        """
         return cost_of_trace(self.config, self, self.still)
 
 
 class EngineState:
     """What an engine remembers between the parts of a stream.
 
-    Membranes of every neuron, halting scores and the readout so far, of the images of one batch.
-    A new one starts at rest; each call of the engine that is given it goes on where the last one
-    ended.
+    Membranes of every neuron, halting scores and the readout so far, of the images of one batch in
+    one engine. A new one starts at rest; each call of the engine that is given it goes on where the
+    last one ended. To start again make a new one.
     """
 
     def __init__(self) -> None:
         self._state = _native("EngineState").StreamState()
+        self._owner: Any = None  # the compiled engine whose stream it is
+        self._in_use = threading.Lock()
 
     @property
     def steps(self) -> int:
@@ -101,6 +109,9 @@ class EngineState:
 
     def __repr__(self) -> str:
         return f"EngineState(steps={self.steps}, batch={self.batch})"
+
+    def __reduce__(self) -> Any:
+        raise InvalidType("EngineState: cannot be copied or pickled; make a new one")
 
 
 class Engine:
@@ -119,6 +130,11 @@ class Engine:
     def __init__(self, config: SpikformerConfig, compiled: Any) -> None:
         self.config = config
         self._compiled = compiled
+
+    def __reduce__(self) -> Any:
+        raise InvalidType(
+            "Engine: cannot be copied or pickled; save the model and call atsnn.freeze on it again"
+        )
 
     def __repr__(self) -> str:
         c = self.config
@@ -144,7 +160,7 @@ class Engine:
         ----------
         x : Tensor
             ``[B, C, H, W]`` still images, shown ``T`` times, or ``[T, B, C, H, W]`` video or
-            events; float32 on the CPU, finite.
+            events, time first, whose ``T`` need not be the model's; float32 on the CPU, finite.
         return_trace : bool
             Whether to return an :class:`EngineTrace` instead of the logits.
         execution : {"packed", "masked"}
@@ -153,7 +169,8 @@ class Engine:
         state : EngineState, optional
             Go on from it, and leave in it what comes next: ``T`` calls with one timestep each
             give what one call with ``T`` timesteps gives. The logits are those of all timesteps
-            so far. Not with merging, whose decision needs all timesteps.
+            so far; a trace is of this call's timesteps. Still images (4-d) move it by the model's
+            ``T``. Not with merging, whose decision needs all timesteps. Each thread needs its own.
         scores : Tensor, optional
             ``[L, T, B, N]`` float32 halting scores to go by; the model's own are computed all the
             same. For measuring what halting saves: see :mod:`atsnn.schedule`.
@@ -193,10 +210,11 @@ class Engine:
         if scores is not None:
             arrays["given_scores"] = scores.detach().contiguous()
         views = {name: array.numpy() for name, array in arrays.items()}
-        report = self._compiled.run(
-            x.detach().contiguous().numpy(), still, T, views, execution == "masked",
-            torch.get_num_threads(), None if state is None else state._state, level, record,
-        )  # fmt: skip
+        with self._holding(state):
+            report = self._compiled.run(
+                x.detach().contiguous().numpy(), still, T, views, execution == "masked",
+                torch.get_num_threads(), None if state is None else state._state, level, record,
+            )  # fmt: skip
         if not return_trace:
             return arrays["logits"]
         return self._trace(arrays, report, T, B, N, still)
@@ -215,6 +233,20 @@ class Engine:
         check_finite(op, "images", x)
         return x
 
+    @contextmanager
+    def _holding(self, state: EngineState | None) -> Iterator[None]:
+        """Nobody else may move a state meanwhile; afterwards it is this engine's."""
+        if state is None:
+            yield
+            return
+        if not state._in_use.acquire(blocking=False):
+            raise InvalidValue("Engine: state must be free, got one in use by another call")
+        try:
+            state._owner = self._compiled
+            yield
+        finally:
+            state._in_use.release()
+
     def _check_state(self, state: EngineState, B: int) -> None:
         if not isinstance(state, EngineState):
             raise InvalidType(f"Engine: state must be an EngineState, got {type(state).__name__}")
@@ -223,7 +255,11 @@ class Engine:
                 "Engine: a model that merges tokens cannot stream, as the decision which to merge "
                 "needs all timesteps; expected state=None"
             )
-        if state._state.broken:
+        if state._owner is not None and state._owner is not self._compiled:
+            raise InvalidValue(
+                "Engine: state must be new or of this engine's stream, got one of another engine's"
+            )
+        if state._state.broken and not state._in_use.locked():
             raise InvalidValue(
                 "Engine: state must be whole, got one of a call that was stopped half-way"
             )
@@ -340,7 +376,10 @@ def freeze(model: ATSpikformer) -> Engine:
     op = "freeze"
     extension = _native(op)
     if not isinstance(model, ATSpikformer):
-        raise InvalidType(f"{op}: model must be an ATSpikformer, got {type(model).__name__}")
+        raise InvalidType(
+            f"{op}: model must be an ATSpikformer, itself and not a wrapper around it, "
+            f"got {type(model).__name__}"
+        )
     _check_model(model)
     c = model.config
     limit = None if c.merge_threshold is None else math.copysign(

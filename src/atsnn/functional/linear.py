@@ -47,6 +47,9 @@ class PackedLinear:
     def inputs(self) -> int:
         return self.weight.shape[1]
 
+    def __repr__(self) -> str:
+        return f"PackedLinear({self.inputs} -> {self.outputs})"
+
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Pack the weights of a linear map once, for many calls of :func:`spike_linear_lif`.
@@ -57,6 +60,11 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         ``[outputs, inputs]`` float32, finite; at most 65535 inputs.
     bias : Tensor, optional
         ``[outputs]`` float32.
+
+    Returns
+    -------
+    PackedLinear
+        A copy: later changes of ``weight`` are not seen.
     """
     op = "pack_linear"
     check_shape(op, "weight", check_tensor(op, "weight", weight), outputs=None, inputs=None)
@@ -83,7 +91,8 @@ def pack_spikes(x: Tensor, *, backend: str = "auto") -> Tensor:
     Parameters
     ----------
     x : Tensor
-        float32; bit ``c % 64`` of word ``c // 64`` is set where channel ``c`` is not zero.
+        float32; bit ``c % 64`` of word ``c // 64`` is set where channel ``c`` is not zero (a NaN is
+        not).
 
     Returns
     -------
@@ -134,7 +143,7 @@ def spike_linear_lif(
     spikes : Tensor
         ``[T, ..., inputs]`` float32, or the same as bits, int64 ``[T, ..., ceil(inputs / 64)]``
         (:func:`pack_spikes`). With a layout ``[R, inputs]``. Floats need not be spikes: zeros are
-        passed over, ones added, other values multiplied.
+        passed over, ones added, other values multiplied. Finite, which is not checked.
     weight : Tensor or PackedLinear
         ``[outputs, inputs]`` float32, packed on the spot, or packed before
         (:func:`pack_linear`), which is what to do for more than one call.
@@ -180,11 +189,11 @@ def spike_linear_lif(
         packed = pack_linear(check_tensor(op, "weight", weight), bias)
     as_bits = spikes.dtype == torch.int64
     last = -(-packed.inputs // WORD) if as_bits else packed.inputs
-    dims = "[R, ...]" if layout is not None else "[T, ..., ...]"
+    dims = f"[R, {last}]" if layout is not None else f"[T, ..., {last}]"
     least = 1 if layout is not None else 2
     if spikes.dim() < least or spikes.shape[-1] != last or (layout and spikes.dim() != 2):
         raise InvalidValue(
-            f"{op}: spikes must have shape {dims} with {last} last for {packed.inputs} inputs"
+            f"{op}: spikes must have shape {dims} for {packed.inputs} inputs"
             f"{' as bits' if as_bits else ''}, got {shape_of(spikes)}"
         )
     if layout is not None and spikes.shape[0] != layout.num_rows:

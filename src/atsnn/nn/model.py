@@ -222,6 +222,8 @@ def check_images(op: str, config: SpikformerConfig, x: Tensor) -> None:
     """Check the shape of still images or video for a model of this configuration."""
     if not isinstance(x, Tensor):
         raise InvalidType(f"{op}: images must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise InvalidType(f"{op}: images must be a dense tensor, got layout {x.layout}")
     want = (config.in_channels, config.image_size, config.image_size)
     if x.dim() not in (4, 5) or tuple(x.shape[-3:]) != want:
         raise InvalidValue(

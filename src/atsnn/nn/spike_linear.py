@@ -39,7 +39,10 @@ class SpikeLinear(nn.Module):
 
     Where no gradient is needed, in evaluation mode, on float32 CPU tensors, the three run as one
     event-driven kernel (:func:`atsnn.functional.spike_linear_lif`) on weights that are folded and
-    packed once; otherwise as the three modules they are.
+    packed once; otherwise as the three modules they are. So call it under ``torch.no_grad()``:
+    where a parameter requires a gradient the modules run, which is some ten times slower. A change
+    of a parameter or statistic is seen, but one through ``.data`` or NumPy only after ``train()``
+    or ``eval()``. Inputs must be finite, which is not checked.
 
     Parameters
     ----------
@@ -50,7 +53,7 @@ class SpikeLinear(nn.Module):
         Whether there is a BatchNorm.
     neuron : Neuron, optional
         LIF, IF or PLIF with ``step_mode="m"``; default ``LIF()``. Its membrane is kept from call
-        to call until ``reset()``, as that of a neuron module is.
+        to call until ``reset()``, as that of a neuron module is: call it between batches.
 
     Attributes
     ----------
@@ -117,6 +120,12 @@ class SpikeLinear(nn.Module):
                 y = self.bn(y.flatten(0, -2)).view(y.shape)
             return self.neuron(y)
         settings = self.neuron._settings()
+        v, wanted = self.neuron.v, (*x.shape[1:-1], self.linear.out_features)
+        if v is not None and tuple(v.shape) != wanted:
+            raise InvalidValue(
+                f"{op}: x must fit the membrane kept from the last call, of shape "
+                f"{shape_of(v)}, or reset() be called before; got x of shape {shape_of(x)}"
+            )
         found = F.spike_linear_lif(
             x, self._weights(), v=self.neuron.v, kind=self.neuron.kind,
             v_threshold=self.neuron.v_threshold, v_reset=self.neuron.v_reset, return_state=True,
@@ -129,6 +138,11 @@ class SpikeLinear(nn.Module):
         """Forget the membrane; the next call starts at rest."""
         self.neuron.reset()
 
+    def train(self, mode: bool = True) -> SpikeLinear:
+        """Set the mode; the packed weights are made again."""
+        self._packed = None
+        return super().train(mode)
+
     def _event_driven(self, x: Tensor) -> bool:
         weight = self.linear.weight
         needs_gradient = torch.is_grad_enabled() and (
@@ -138,14 +152,17 @@ class SpikeLinear(nn.Module):
             not self.training and not needs_gradient and not torch.compiler.is_compiling()
             and x.device.type == weight.device.type == "cpu"
             and x.dtype == weight.dtype == torch.float32
-            and (self.bn is None or self.bn.running_mean is not None)
+            and (self.bn is None or (self.bn.running_mean is not None and not self.bn.training))
         )  # fmt: skip
 
     def _weights(self) -> F.PackedLinear:
         """Folded and packed, again only after a parameter or a statistic changed."""
         tensors = [*self.linear.parameters(), *(() if self.bn is None else self.bn.parameters())]
         tensors += [] if self.bn is None else list(self.bn.buffers())
-        key = tuple((t.data_ptr(), t._version) for t in tensors)
+        key = (
+            *((t.data_ptr(), t._version) for t in tensors),
+            None if self.bn is None else self.bn.eps,
+        )
         if self._packed is None or self._packed[0] != key:
             weight, bias = (t.to(torch.float32) for t in fold(self.linear, self.bn))
             self._packed = key, F.pack_linear(weight, bias)
