@@ -143,7 +143,7 @@ def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
         out.append(
             "off: every cell of the same network runs, nothing halts. on: the packed form, in "
             "which the rows of active cells exist and nothing else. Halting does not touch the "
-            "stem."
+            "stem. engine: the whole model, frozen (atsnn.freeze)."
         )
     else:
         out.append(
