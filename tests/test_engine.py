@@ -278,6 +278,25 @@ def test_still_images_stream_for_T_timesteps():
     assert torch.equal(engine(images, state=state), engine(images.expand(6, *images.shape)))
 
 
+def test_a_state_is_checked_once_it_is_held():
+    """Another call may have begun its stream, with other images, just before."""
+    model = exact_model(small("rectangle"))
+    engine = atsnn.freeze(model)
+    images = exact_images(model.config, 3)
+    state = atsnn.EngineState()
+    lock = state._in_use
+
+    class Late:
+        def acquire(self, blocking):
+            state._in_use = lock
+            engine(images[:1], state=state)
+            return lock.acquire(blocking)
+
+    state._in_use = Late()
+    with pytest.raises(InvalidValue, match="as many as those of the state, 1, got 3"):
+        engine(images, state=state)
+
+
 def test_streaming_refusals():
     model = exact_model(small("rectangle"))
     engine = atsnn.freeze(model)

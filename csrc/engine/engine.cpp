@@ -75,6 +75,10 @@ void larger_first(Buffer<T>& a, Buffer<T>& b) {
   if (a.capacity() < b.capacity()) std::swap(a, b);
 }
 
+// Merged accumulators and rows are multiples of 2^-bits: SCORE_BITS and ROW_BITS of
+// src/atsnn/reference.py.
+constexpr int score_bits = 18, row_bits = 8;
+
 constexpr int64_t rows_a_task = 64;  // where rows are handed to threads
 
 }  // namespace
@@ -482,13 +486,12 @@ class Pass {
 
   void write_logits(const double* total, double cells) {
     const Timer timer(report_, Part::head);
+    double* features = ws_.read.reserve(C_);
     for (int64_t b = 0; b < B_; ++b) {
+      for (int64_t i = 0; i < C_; ++i) features[i] = static_cast<float>(total[b * C_ + i] / cells);
       for (int64_t o = 0; o < c_.num_classes; ++o) {
         double sum = 0;
-        for (int64_t i = 0; i < C_; ++i) {
-          const float feature = static_cast<float>(total[b * C_ + i] / cells);
-          sum += double(feature) * net_.head_weight[o * C_ + i];
-        }
+        for (int64_t i = 0; i < C_; ++i) sum += features[i] * net_.head_weight[o * C_ + i];
         out_.logits[(b0_ + b) * c_.num_classes + o] = static_cast<float>(sum + net_.head_bias[o]);
       }
     }
@@ -667,7 +670,7 @@ class Pass {
     lay_out(ws_.next, T_, ws_.steps.data());
     const Layout& from = ws_.active.view;
     const Layout& to = ws_.next.view;
-    combine(from, ws_.active.rank.data(), to, ws_.H.data(), 1, 18, ws_.H_next);
+    combine(from, ws_.active.rank.data(), to, ws_.H.data(), 1, score_bits, ws_.H_next);
     std::swap(ws_.H, ws_.H_next);
     if (!floats_) {
       const int64_t n = layout_.rows() * C_;
@@ -676,7 +679,7 @@ class Pass {
       floats_ = true;
     }
     combine(layout_, masked_ ? ws_.full.rank.data() : ws_.active.rank.data(),
-            masked_ ? ws_.full.view : to, ws_.values.data(), C_, 8, ws_.values_next);
+            masked_ ? ws_.full.view : to, ws_.values.data(), C_, row_bits, ws_.values_next);
     std::swap(ws_.values, ws_.values_next);
     std::swap(ws_.sizes, ws_.sizes_next);
   }

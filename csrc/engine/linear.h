@@ -1,7 +1,8 @@
 // Linear map, then neurons over the timesteps: bits in, bits out, no float activation written.
 //
-// For each row the weight rows of its non-zero inputs are added, in ascending order, to sums that
-// start from the bias; so a row's sums depend on its own inputs alone. Rows are taken in chunks of
+// For each row the weight rows of its non-zero inputs are added, in ascending order (in groups of
+// four where many are set), to sums that start from the bias; so a row's sums depend on its own
+// inputs alone. Rows are taken in chunks of
 // whole tokens, outputs in panels of 64, inputs in tiles that stay in the first cache.
 #pragma once
 
@@ -123,10 +124,6 @@ class Lists {
   }
   void add_floats(const Kernels& k, const float* x, int64_t n, int64_t base) {
     n_ += k.list_floats(x, n, base, index_ + n_, value_ + n_);
-  }
-  void add(int64_t index, float value) {
-    value_[n_] = value;
-    index_[n_++] = static_cast<uint16_t>(index);
   }
   // Entries from another list, each index moved by `shift`; up to 16 more elements are touched.
   void append(const uint16_t* from, int64_t count, int64_t shift) {

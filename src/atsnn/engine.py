@@ -192,8 +192,6 @@ class Engine:
             check_choice(op, "level", level, levels())
         still = x.dim() == 4
         T, B = (c.T, x.shape[0]) if still else x.shape[:2]
-        if state is not None:
-            self._check_state(state, B)
         L, N = c.depth, c.grid**2
         if scores is not None:
             self._check_scores(scores, L, T, B, N)
@@ -210,7 +208,7 @@ class Engine:
         if scores is not None:
             arrays["given_scores"] = scores.detach().contiguous()
         views = {name: array.numpy() for name, array in arrays.items()}
-        with self._holding(state):
+        with self._holding(state, B):
             report = self._compiled.run(
                 x.detach().contiguous().numpy(), still, T, views, execution == "masked",
                 torch.get_num_threads(), None if state is None else state._state, level, record,
@@ -234,22 +232,23 @@ class Engine:
         return x
 
     @contextmanager
-    def _holding(self, state: EngineState | None) -> Iterator[None]:
-        """Nobody else may move a state meanwhile; afterwards it is this engine's."""
+    def _holding(self, state: EngineState | None, B: int) -> Iterator[None]:
+        """Nobody else may move a state while it is checked and used; it becomes this engine's."""
         if state is None:
             yield
             return
+        if not isinstance(state, EngineState):
+            raise InvalidType(f"Engine: state must be an EngineState, got {type(state).__name__}")
         if not state._in_use.acquire(blocking=False):
             raise InvalidValue("Engine: state must be free, got one in use by another call")
         try:
+            self._check_state(state, B)
             state._owner = self._compiled
             yield
         finally:
             state._in_use.release()
 
     def _check_state(self, state: EngineState, B: int) -> None:
-        if not isinstance(state, EngineState):
-            raise InvalidType(f"Engine: state must be an EngineState, got {type(state).__name__}")
         if self.config.merging:
             raise InvalidValue(
                 "Engine: a model that merges tokens cannot stream, as the decision which to merge "
@@ -259,7 +258,7 @@ class Engine:
             raise InvalidValue(
                 "Engine: state must be new or of this engine's stream, got one of another engine's"
             )
-        if state._state.broken and not state._in_use.locked():
+        if state._state.broken:
             raise InvalidValue(
                 "Engine: state must be whole, got one of a call that was stopped half-way"
             )

@@ -91,8 +91,8 @@ def pack_spikes(x: Tensor, *, backend: str = "auto") -> Tensor:
     Parameters
     ----------
     x : Tensor
-        float32; bit ``c % 64`` of word ``c // 64`` is set where channel ``c`` is not zero (a NaN is
-        not).
+        float32; bit ``c % 64`` of word ``c // 64`` is set where channel ``c`` is not zero, as a NaN
+        is not.
 
     Returns
     -------
@@ -168,9 +168,10 @@ def spike_linear_lif(
     Notes
     -----
     For each row the sum starts from the bias and the weights of its inputs that are not zero are
-    added in ascending order, so it depends on the row's own inputs alone, not on the rows beside
-    it, the number of threads or the instruction set. It rounds otherwise than a matrix product; on
-    weights whose sums are exact both are the same bits. There is no gradient.
+    added in ascending order (where more than 36 % fired, in groups of four), so it depends on the
+    row's own inputs alone, not on the rows beside it, the number of threads or the instruction
+    set. It rounds otherwise than a matrix product; on weights whose sums are exact both are the
+    same bits. There is no gradient.
 
     Examples
     --------
