@@ -171,6 +171,10 @@ py::dict run(Engine& engine, const Array<float>& images, bool still, int64_t T,
                     pointer<float>(arrays, "scores"),      pointer<float>(arrays, "weights"),
                     pointer<float>(arrays, "block_sizes"), pointer<float>(arrays, "sizes"),
                     pointer<int64_t>(arrays, "depth"),     pointer<int64_t>(arrays, "source")};
+  if (state && state->steps && state->batch != B) {
+    throw py::value_error("the state must be of " + std::to_string(B) + " images, got one of " +
+                          std::to_string(state->batch));
+  }
   Signals signals;
   Engine::Options options{kernels_of(level_name), threads, masked};
   options.state = state;
