@@ -1,7 +1,15 @@
-"""Triton kernels of atsnn, imported as ``atsnn.kernels``."""
+"""Triton kernels of atsnn, imported as ``atsnn.kernels``.
+
+Each launcher has the name and the arguments of the operator it computes; see
+:mod:`atsnn.ops.library`.
+"""
 
 if __name__ != "atsnn.kernels":
     raise ImportError(
         f"this package must be imported as 'atsnn.kernels', got {__name__!r}: install atsnn "
         "(pip install -e . --no-build-isolation) instead of putting its root on sys.path"
     )
+
+from .neuron import neuron, neuron_backward, neuron_spikes
+
+__all__ = ["neuron", "neuron_backward", "neuron_spikes"]

@@ -55,8 +55,8 @@ def _spiking_setup(ctx, inputs, output):
     ctx.settings = inputs[6:]
 
 
-def _spiking_gradient(ctx, grad):
-    grads = torch.ops.atsnn.spiking_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+def _spiking_gradient(operators, ctx, grad):
+    grads = operators.spiking_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return (*grads, None, None, None, None, None)
 
 
@@ -74,9 +74,10 @@ def spiking_attention(
     scale: float,
 ) -> Tensor:
     """The ``spiking_attention`` operator by the chosen backend."""
-    if resolve_backend("spiking_attention", backend, q.device) == "reference":
+    operators = resolve_backend("spiking_attention", backend, q.device)
+    if operators is None:
         return _spiking(q, k, v, sizes, layout, num_heads, scale)
-    return torch.ops.atsnn.spiking_attention(
+    return operators.spiking_attention(
         q, k, v, sizes, *parts(layout), num_heads, float(scale)
     )
 
@@ -132,11 +133,11 @@ def _driven_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _driven_gradient(ctx, grad, grad_state):
+def _driven_gradient(operators, ctx, grad, grad_state):
     nothing = (None,) * 11
     if grad is None and grad_state is None:
         return nothing
-    grad_q, grad_k, grad_v, grad_v_init = torch.ops.atsnn.spike_driven_attention_backward(
+    grad_q, grad_k, grad_v, grad_v_init = operators.spike_driven_attention_backward(
         grad, grad_state, *ctx.saved_tensors, *ctx.settings
     )
     has_state = ctx.saved_tensors[3] is not None
@@ -157,6 +158,7 @@ def spike_driven_attention(
     *settings: object,
 ) -> tuple[Tensor, Tensor]:
     """The ``spike_driven_attention`` operator by the chosen backend."""
-    if resolve_backend("spike_driven_attention", backend, q.device) == "reference":
+    operators = resolve_backend("spike_driven_attention", backend, q.device)
+    if operators is None:
         return _driven(q, k, v, state, sizes, layout, *settings)
-    return torch.ops.atsnn.spike_driven_attention(q, k, v, state, sizes, *parts(layout), *settings)
+    return operators.spike_driven_attention(q, k, v, state, sizes, *parts(layout), *settings)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ..checks import BackendError, check_choice
 from .library import native, native_missing
+from .triton import triton_missing, triton_refusal
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -24,9 +26,10 @@ def native_level() -> str | None:
 
 def available_backends() -> dict[str, bool | str]:
     """Each backend, with ``True`` or the reason why it cannot be used here."""
+    missing = triton_missing()
     return {
         "native": True if native is not None else native_missing,
-        "triton": "this version has no Triton kernels yet",
+        "triton": True if missing is None else missing,
         "reference": True,
     }
 
@@ -46,8 +49,8 @@ def use_backend(backend: str) -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def resolve_backend(op: str, backend: str, device: torch.device) -> str:
-    """The backend that serves the call: ``"native"`` or ``"reference"``.
+def resolve_backend(op: str, backend: str, device: torch.device) -> Any:
+    """The operators that serve the call: a namespace of ``torch.ops``, ``None`` for the reference.
 
     A backend that was named and cannot serve raises; ``auto`` falls back to the reference and
     warns once why.
@@ -56,20 +59,21 @@ def resolve_backend(op: str, backend: str, device: torch.device) -> str:
     if backend == "auto":
         backend = _chosen
     if backend == "reference":
-        return "reference"
-    if backend == "triton":
-        raise BackendError(
-            f"{op}: backend 'triton' cannot serve the call: {available_backends()['triton']}"
-        )
-    if device.type not in ("cpu", "meta"):
-        reason = f"the native kernels run on CPU tensors, got a tensor on {device}"
-    elif native is None:
-        reason = native_missing
+        return None
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        reason = triton_refusal(device)
+        operators = torch.ops.atsnn_triton
     else:
-        return "native"
-    if backend == "native":
-        raise BackendError(f"{op}: backend 'native' cannot serve the call: {reason}")
+        operators = torch.ops.atsnn
+        if device.type not in ("cpu", "meta"):
+            reason = f"the native kernels run on CPU tensors, got a tensor on {device}"
+        else:
+            reason = native_missing if native is None else None
+    if reason is None:
+        return operators
+    if backend != "auto":
+        raise BackendError(f"{op}: backend {backend!r} cannot serve the call: {reason}")
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"atsnn computes with the reference: {reason}", stacklevel=4)
-    return "reference"
+    return None

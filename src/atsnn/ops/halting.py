@@ -40,8 +40,8 @@ def _scores_setup(ctx, inputs, output):
     ctx.score = inputs[3]
 
 
-def _scores_gradient(ctx, grad):
-    grad_x, grad_weight, grad_bias = torch.ops.atsnn.halting_scores_backward(
+def _scores_gradient(operators, ctx, grad):
+    grad_x, grad_weight, grad_bias = operators.halting_scores_backward(
         grad, *ctx.saved_tensors, ctx.score
     )
     return grad_x if ctx.score in ("first", "mean") else None, grad_weight, grad_bias, None
@@ -52,9 +52,10 @@ autograd("halting_scores", _scores_gradient, _scores_setup)
 
 def halting_scores(backend: str, x: Tensor, weight: Tensor, bias: Tensor, score: str) -> Tensor:
     """The ``halting_scores`` operator by the chosen backend."""
-    if resolve_backend("halting_scores", backend, x.device) == "reference":
+    operators = resolve_backend("halting_scores", backend, x.device)
+    if operators is None:
         return reference.halting_scores(x, weight, bias, score)
-    return torch.ops.atsnn.halting_scores(x, weight, bias, score)
+    return operators.halting_scores(x, weight, bias, score)
 
 
 # -- halt -----------------------------------------------------------------------------------------
@@ -108,11 +109,11 @@ def _halt_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _halt_gradient(ctx, grad_w, grad_last, grad_H, grad_steps):
+def _halt_gradient(operators, ctx, grad_w, grad_last, grad_H, grad_steps):
     nothing = (None,) * 7
     if grad_w is None and grad_H is None:
         return nothing
-    grads = torch.ops.atsnn.halt_backward(grad_w, grad_H, *ctx.saved_tensors, ctx.accumulator)
+    grads = operators.halt_backward(grad_w, grad_H, *ctx.saved_tensors, ctx.accumulator)
     return (*grads, *nothing[2:])
 
 
@@ -129,9 +130,10 @@ def halt(
     final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The ``halt`` operator by the chosen backend."""
-    if resolve_backend("halt", backend, h.device) == "reference":
+    operators = resolve_backend("halt", backend, h.device)
+    if operators is None:
         return _halt(h, H, layout, accumulator, eps, final)
-    return torch.ops.atsnn.halt(h, H, *parts(layout), accumulator, eps, final)
+    return operators.halt(h, H, *parts(layout), accumulator, eps, final)
 
 
 # -- readout --------------------------------------------------------------------------------------
@@ -167,8 +169,8 @@ def _readout_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _readout_gradient(ctx, grad):
-    grads = torch.ops.atsnn.readout_backward(grad, *ctx.saved_tensors)
+def _readout_gradient(operators, ctx, grad):
+    grads = operators.readout_backward(grad, *ctx.saved_tensors)
     return (*grads, None, None, None)
 
 
@@ -179,6 +181,7 @@ def readout(
     backend: str, layout: TokenLayout | None, x: Tensor, w: Tensor, sizes: Tensor | None
 ) -> Tensor:
     """The ``readout`` operator by the chosen backend."""
-    if resolve_backend("readout", backend, x.device) == "reference":
+    operators = resolve_backend("readout", backend, x.device)
+    if operators is None:
         return _readout(x, w, sizes, layout)
-    return torch.ops.atsnn.readout(x, w, sizes, *parts(layout))
+    return operators.readout(x, w, sizes, *parts(layout))

@@ -1,7 +1,9 @@
 """The operators' schemas, in one place, and the extension that brings their native kernels.
 
 Every operator has the reference as its ``CompositeExplicitAutograd`` kernel and, where the
-extension is built, a C++ kernel for ``CPU``. So the package computes without a compiler.
+extension is built, a C++ kernel for ``CPU``. So the package computes without a compiler. The same
+operators stand a second time in the namespace ``atsnn_triton``, where Triton computes whatever the
+device is; :mod:`.triton` registers those kernels, and for ``CUDA`` under the first name too.
 
 ``token [B, N]`` and ``offsets [T * B + 1]`` are those of a :class:`~atsnn.layout.TokenLayout`;
 where they are left out the tensors are dense, ``[T, B, N, C]``, and every cell is active.
@@ -80,8 +82,12 @@ spike_linear_lif({LINEAR}) -> (Tensor, Tensor)
 
 # The library must define its schemas before the extension registers kernels for them.
 LIBRARY = torch.library.Library("atsnn", "DEF")
+TRITON_LIBRARY = torch.library.Library("atsnn_triton", "DEF")
+LIBRARIES = {"atsnn": LIBRARY, "atsnn_triton": TRITON_LIBRARY}
 for _schema in SCHEMAS.strip().splitlines():
-    LIBRARY.define(_schema)
+    for _library in LIBRARIES.values():
+        _library.define(_schema)
+OPERATORS = [_schema.split("(")[0] for _schema in SCHEMAS.strip().splitlines()]
 
 native: Any = None
 native_missing = ""
@@ -103,14 +109,30 @@ def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the shapes and dtypes of an operator's results."""
-    return torch.library.register_fake(f"atsnn::{name}", lib=LIBRARY)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for namespace, library in LIBRARIES.items():
+            torch.library.register_fake(f"{namespace}::{name}", function, lib=library)
+        return function
+
+    return register
 
 
 def autograd(name: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
-    """Register an operator's gradient, which can be differentiated no further and says so."""
+    """Register an operator's gradient, which can be differentiated no further and says so.
 
+    ``backward(operators, ctx, *grads)`` is given the operators of the namespace that ran.
+    """
+    for namespace, library in LIBRARIES.items():
+        torch.library.register_autograd(
+            f"{namespace}::{name}", _once(name, getattr(torch.ops, namespace), backward),
+            setup_context=setup, lib=library,
+        )  # fmt: skip
+
+
+def _once(name: str, operators: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
     def first_derivative(ctx: Any, *grads: Tensor | None) -> Any:
-        found = backward(ctx, *grads)
+        found = backward(operators, ctx, *grads)
         if torch.is_grad_enabled():  # create_graph=True
             sources = [t for t in (*ctx.saved_tensors, *grads) if isinstance(t, Tensor)]
             found = tuple(
@@ -119,9 +141,7 @@ def autograd(name: str, backward: Callable[..., Any], setup: Callable[..., Any])
             )
         return found
 
-    torch.library.register_autograd(
-        f"atsnn::{name}", first_derivative, setup_context=setup, lib=LIBRARY
-    )
+    return first_derivative
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -133,7 +153,7 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
-            f"{ctx.name}: the native kernels have first derivatives only; "
+            f"{ctx.name}: the kernels have first derivatives only; "
             "backend='reference' has more"
         )
 

@@ -83,15 +83,17 @@ def _spike_linear_lif_fake(spikes, weight, bias, v, token, offsets, outputs, *se
 
 
 def pack_spikes(backend: str, x: Tensor) -> Tensor:
-    if resolve_backend("pack_spikes", backend, x.device) == "reference":
+    operators = resolve_backend("pack_spikes", backend, x.device)
+    if operators is None:
         return _pack_spikes(x)
-    return torch.ops.atsnn.pack_spikes(x)
+    return operators.pack_spikes(x)
 
 
 def unpack_spikes(backend: str, bits: Tensor, channels: int) -> Tensor:
-    if resolve_backend("unpack_spikes", backend, bits.device) == "reference":
+    operators = resolve_backend("unpack_spikes", backend, bits.device)
+    if operators is None:
         return _unpack_spikes(bits, channels)
-    return torch.ops.atsnn.unpack_spikes(bits, channels)
+    return operators.unpack_spikes(bits, channels)
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -110,6 +112,7 @@ def spike_linear_lif(
 ) -> tuple[Tensor, Tensor]:
     """The operator by the chosen backend; settings as in the schema, from ``kind`` on."""
     arguments = (spikes, weight, bias, v, *parts(layout), outputs, *settings)
-    if resolve_backend("spike_linear_lif", backend, spikes.device) == "reference":
+    operators = resolve_backend("spike_linear_lif", backend, spikes.device)
+    if operators is None:
         return _spike_linear_lif(*arguments)
-    return torch.ops.atsnn.spike_linear_lif(*arguments)
+    return operators.spike_linear_lif(*arguments)

@@ -49,9 +49,9 @@ def _take_setup(ctx, inputs, output):
     ctx.rows = x.shape[0]
 
 
-def _take_gradient(ctx, grad):
+def _take_gradient(operators, ctx, grad):
     (index,) = ctx.saved_tensors
-    return torch.ops.atsnn.take_rows_backward(grad, index, ctx.rows), None
+    return operators.take_rows_backward(grad, index, ctx.rows), None
 
 
 autograd("take_rows", _take_gradient, _take_setup)
@@ -59,9 +59,10 @@ autograd("take_rows", _take_gradient, _take_setup)
 
 def take_rows(backend: str, x: Tensor, index: Tensor) -> Tensor:
     """The ``take_rows`` operator by the chosen backend."""
-    if resolve_backend("take_rows", backend, x.device) == "reference":
+    operators = resolve_backend("take_rows", backend, x.device)
+    if operators is None:
         return x.index_select(0, index)
-    return torch.ops.atsnn.take_rows(x, index)
+    return operators.take_rows(x, index)
 
 
 # -- matching -------------------------------------------------------------------------------------
@@ -85,9 +86,10 @@ def _counts_fake(keys, token, offsets):
 def firing_counts(backend: str, layout: TokenLayout | None, keys: Tensor) -> Tensor:
     """The ``firing_counts`` operator by the chosen backend."""
     with torch.no_grad():
-        if resolve_backend("firing_counts", backend, keys.device) == "reference":
+        operators = resolve_backend("firing_counts", backend, keys.device)
+        if operators is None:
             return _counts(keys, layout)
-        return torch.ops.atsnn.firing_counts(keys, *parts(layout))
+        return operators.firing_counts(keys, *parts(layout))
 
 
 @composite("match_tokens")
@@ -110,10 +112,10 @@ def match_tokens(
     generator: torch.Generator | None,
 ) -> MergePlan:
     """The ``match_tokens`` operator by the chosen backend; random partners by the reference."""
-    backend = resolve_backend("match_tokens", backend, counts.device)
-    if backend == "reference" or match == "random":
+    operators = resolve_backend("match_tokens", backend, counts.device)
+    if operators is None or match == "random":
         return reference.match_tokens(counts, r, threshold, active_steps, match, generator)
-    target = torch.ops.atsnn.match_tokens(counts.detach(), active_steps, r, threshold)
+    target = operators.match_tokens(counts.detach(), active_steps, r, threshold)
     return MergePlan.of(target)
 
 
@@ -164,8 +166,8 @@ def _merge_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:7])
 
 
-def _merge_gradient(ctx, grad):
-    grad_x = torch.ops.atsnn.merge_tokens_backward(grad, *ctx.saved_tensors)
+def _merge_gradient(operators, ctx, grad):
+    grad_x = operators.merge_tokens_backward(grad, *ctx.saved_tensors)
     return (grad_x, *(None,) * 7)
 
 
@@ -182,9 +184,10 @@ def merge_tokens(
     bits: int = reference.ROW_BITS,
 ) -> Tensor:
     """The ``merge_tokens`` operator by the chosen backend."""
-    if resolve_backend("merge_tokens", backend, x.device) == "reference":
+    operators = resolve_backend("merge_tokens", backend, x.device)
+    if operators is None:
         return _merge(x, plan.target, sizes, layout, to, bits)
-    return torch.ops.atsnn.merge_tokens(x, plan.target, sizes, *parts(layout), *parts(to), bits)
+    return operators.merge_tokens(x, plan.target, sizes, *parts(layout), *parts(to), bits)
 
 
 # -- unmerging ------------------------------------------------------------------------------------
@@ -224,8 +227,8 @@ def _unmerge_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
 
 
-def _unmerge_gradient(ctx, grad):
-    grad_y = torch.ops.atsnn.unmerge_tokens_backward(grad, *ctx.saved_tensors)
+def _unmerge_gradient(operators, ctx, grad):
+    grad_y = operators.unmerge_tokens_backward(grad, *ctx.saved_tensors)
     return (grad_y, *(None,) * 5)
 
 
@@ -236,6 +239,7 @@ def unmerge_tokens(
     backend: str, layout: TokenLayout | None, to: TokenLayout | None, y: Tensor, plan: MergePlan
 ) -> Tensor:
     """The ``unmerge_tokens`` operator by the chosen backend."""
-    if resolve_backend("unmerge_tokens", backend, y.device) == "reference":
+    operators = resolve_backend("unmerge_tokens", backend, y.device)
+    if operators is None:
         return _unmerge(y, plan.target, layout, to)
-    return torch.ops.atsnn.unmerge_tokens(y, plan.target, *parts(layout), *parts(to))
+    return operators.unmerge_tokens(y, plan.target, *parts(layout), *parts(to))

@@ -74,12 +74,12 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, grad_spikes, grad_v):
+def _gradient(operators, ctx, grad_spikes, grad_v):
     x, v, inv_tau, token, offsets = ctx.saved_tensors
     nothing = (None,) * (5 + len(ctx.settings))
     if grad_spikes is None and grad_v is None:
         return nothing
-    grad_x, grad_state, grad_factor = torch.ops.atsnn.neuron_backward(
+    grad_x, grad_state, grad_factor = operators.neuron_backward(
         grad_spikes, grad_v, x, v, inv_tau, token, offsets, *ctx.settings
     )
     return (
@@ -102,6 +102,7 @@ def neuron(
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """The ``neuron`` operator by the chosen backend; settings as in the schema."""
-    if resolve_backend("neuron", backend, x.device) == "reference":
+    operators = resolve_backend("neuron", backend, x.device)
+    if operators is None:
         return neuron_reference(x, v, inv_tau, layout, settings)
-    return torch.ops.atsnn.neuron(x, v, inv_tau, *parts(layout), *settings)
+    return operators.neuron(x, v, inv_tau, *parts(layout), *settings)

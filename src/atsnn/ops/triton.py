@@ -1,0 +1,65 @@
+"""Triton's kernels behind the operators: whether they can run, and their registration.
+
+The kernels are in :mod:`atsnn.kernels`, which imports triton and is imported on the first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from .library import LIBRARY, OPERATORS, TRITON_LIBRARY
+
+OLDEST = (3, 3)  # kernels keep potentials in tuples, which older compilers do not have
+INTERPRETER = "TRITON_INTERPRET"
+# Triton's interpreter runs the kernels, on tensors of any device. Triton asks once, and so do we.
+interpreted = os.environ.get(INTERPRETER) == "1"
+
+
+@cache
+def _package_missing() -> str | None:
+    """Why the kernels cannot be imported, if they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'atsnn[triton]'"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return f"triton {wanted} or newer is needed, got {version}"
+    return None
+
+
+def triton_missing() -> str | None:
+    """Why Triton cannot be used on any tensor here, if it cannot."""
+    missing = _package_missing()
+    if missing is None and not interpreted and not torch.cuda.is_available():
+        return f"no CUDA device ({INTERPRETER}=1 runs the kernels on the CPU, slowly)"
+    return missing
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Why Triton cannot be used on tensors on ``device``, if it cannot."""
+    missing = triton_missing()
+    if missing is not None or interpreted or device.type in ("cuda", "meta"):
+        return missing
+    return f"Triton's kernels run on CUDA tensors, got a tensor on {device}"
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    @torch.no_grad()
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module("atsnn.kernels"), name)(*arguments)
+
+    return launch
+
+
+for _name in OPERATORS:
+    torch.library.impl(TRITON_LIBRARY, _name, "CompositeExplicitAutograd")(_launcher(_name))
+    if _package_missing() is None:
+        torch.library.impl(LIBRARY, _name, "CUDA")(_launcher(_name))
