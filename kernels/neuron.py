@@ -82,7 +82,8 @@ def write_spikes(out, row, c, C, here, fired, FORM: tl.constexpr):
         tl.store(out + row * total + w[None, :], words, mask=exists & (w[None, :] < total))
     else:
         at = row * C + tl.cast(c, tl.int64)[None, :]
-        tl.store(out + at, fired.to(out.dtype.element_ty), mask=here)
+        value = fired.to(tl.int8) if FORM == "uint8" else tl.where(fired, 1.0, 0.0)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -187,8 +188,21 @@ def backward_kernel(
                 )
             u = charge(before, value, factor, KIND, TAU, EXACT_INVERSE, REST, DECAY_INPUT)
             to_x, to_v, to_factor = step_back(
-                grad_s, grad, u, before, value, factor, KIND, TAU, REST, DECAY_INPUT, V_THRESHOLD,
-                HARD, DETACH_RESET, SURROGATE, ALPHA,
+                grad_s,
+                grad,
+                u,
+                before,
+                value,
+                factor,
+                KIND,
+                TAU,
+                REST,
+                DECAY_INPUT,
+                V_THRESHOLD,
+                HARD,
+                DETACH_RESET,
+                SURROGATE,
+                ALPHA,
             )
             at = row * C + tl.cast(c, tl.int64)[None, :]
             tl.store(grad_x + at, to_x.to(grad_x.dtype.element_ty), mask=here)

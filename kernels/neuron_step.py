@@ -25,10 +25,9 @@ def divide(a, b, EXACT_INVERSE: tl.constexpr):
     """``a / b``, correctly rounded; a multiplication where ``1 / b`` is exact."""
     if EXACT_INVERSE:
         return a * (1.0 / b)
-    elif a.dtype == tl.float64:
+    if a.dtype == tl.float64:
         return a / b
-    else:
-        return tl.div_rn(a, tl.full(a.shape, b, a.dtype))
+    return tl.div_rn(a, tl.full(a.shape, b, a.dtype))
 
 
 @triton.jit
@@ -40,18 +39,16 @@ def charge(
     """The potential before the threshold; ``factor`` is a PLIF's ``1 / tau``."""
     if KIND == "if":
         return v + x
+    drive = v - REST
+    if DECAY_INPUT:
+        drive = x - drive
+    if KIND == "plif":
+        drive = drive * factor
     else:
-        drive = v - REST
-        if DECAY_INPUT:
-            drive = x - drive
-        if KIND == "plif":
-            drive = drive * factor
-        else:
-            drive = divide(drive, TAU, EXACT_INVERSE)
-        if DECAY_INPUT:
-            return v + drive
-        else:
-            return v - drive + x
+        drive = divide(drive, TAU, EXACT_INVERSE)
+    if DECAY_INPUT:
+        return v + drive
+    return v - drive + x
 
 
 @triton.jit
@@ -59,8 +56,7 @@ def reset(u, fired, V_THRESHOLD: tl.constexpr, REST: tl.constexpr, HARD: tl.cons
     """The potential after it; ``fired`` is ``u >= V_THRESHOLD``."""
     if HARD:
         return tl.where(fired, REST, u)
-    else:
-        return tl.where(fired, u - V_THRESHOLD, u)
+    return tl.where(fired, u - V_THRESHOLD, u)
 
 
 @triton.jit
@@ -69,24 +65,23 @@ def surrogate_derivative(z, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
     if SURROGATE == "sigmoid":
         s = 1.0 / (1.0 + tl.exp(-ALPHA * z))
         return ALPHA * s * (1.0 - s)
-    elif SURROGATE == "atan":
+    if SURROGATE == "atan":
         a = PI_HALF * ALPHA * z
         return (ALPHA / 2) / (1.0 + a * a)
-    elif SURROGATE == "piecewise_quadratic":
+    if SURROGATE == "piecewise_quadratic":
         size = tl.abs(z)
         return tl.where(size > 1 / ALPHA, 0.0, ALPHA - ALPHA * ALPHA * size)
-    elif SURROGATE == "piecewise_exp":
+    if SURROGATE == "piecewise_exp":
         return (ALPHA / 2) * tl.exp(-ALPHA * tl.abs(z))
-    elif SURROGATE == "soft_sign":
+    if SURROGATE == "soft_sign":
         a = 1 / ALPHA + tl.abs(z)
         return 1.0 / (2 * ALPHA * (a * a))
-    elif SURROGATE == "super_spike":
+    if SURROGATE == "super_spike":
         a = tl.abs(z) + 1.0
         return ALPHA / (a * a)
-    else:
-        tl.static_assert(SURROGATE == "erf")
-        a = ALPHA * z
-        return (ALPHA / SQRT_PI) * tl.exp(-(a * a))
+    tl.static_assert(SURROGATE == "erf")
+    a = ALPHA * z
+    return (ALPHA / SQRT_PI) * tl.exp(-(a * a))
 
 
 @triton.jit
@@ -114,19 +109,18 @@ def step_back(
     grad_factor = grad_u * 0.0
     if KIND == "if":
         return grad_u, grad_u, grad_factor
-    else:
-        if KIND == "plif":
-            leak = grad_u * factor
-            drive = v - REST
-            if DECAY_INPUT:
-                drive = x - drive
-            else:
-                drive = -drive
-            grad_factor = grad_u * drive
+    if KIND == "plif":
+        leak = grad_u * factor
+        drive = v - REST
+        if DECAY_INPUT:
+            drive = x - drive
         else:
-            leak = grad_u * (1.0 / TAU)
-        grad_x = leak if DECAY_INPUT else grad_u
-        return grad_x, grad_u - leak, grad_factor
+            drive = -drive
+        grad_factor = grad_u * drive
+    else:
+        leak = grad_u * (1.0 / TAU)
+    grad_x = leak if DECAY_INPUT else grad_u
+    return grad_x, grad_u - leak, grad_factor
 
 
 def step_settings(

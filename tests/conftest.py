@@ -9,6 +9,10 @@ import hypothesis
 import pytest
 import torch
 
+# Before triton is imported, which asks once. On a GPU the kernels are compiled.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # SpikingJelly and PyTorch warn about optional packages on import; ours must not warn at all.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -77,9 +76,7 @@ def spiking_attention(
     operators = resolve_backend("spiking_attention", backend, q.device)
     if operators is None:
         return _spiking(q, k, v, sizes, layout, num_heads, scale)
-    return operators.spiking_attention(
-        q, k, v, sizes, *parts(layout), num_heads, float(scale)
-    )
+    return operators.spiking_attention(q, k, v, sizes, *parts(layout), num_heads, float(scale))
 
 
 # -- spike-driven attention -----------------------------------------------------------------------

@@ -7,7 +7,8 @@ device is; :mod:`.triton` registers those kernels, and for ``CUDA`` under the fi
 
 ``token [B, N]`` and ``offsets [T * B + 1]`` are those of a :class:`~atsnn.layout.TokenLayout`;
 where they are left out the tensors are dense, ``[T, B, N, C]``, and every cell is active.
-A gradient that does not exist is an empty tensor.
+A gradient that does not exist is an empty tensor. ``rows`` is how many rows the result shall have,
+where that is known without looking into the offsets; what is past their end is -1.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ HALT = "Tensor token, Tensor offsets, str accumulator"
 
 SCHEMAS = f"""
 token_layout(Tensor active_steps, int T) -> (Tensor, Tensor)
-layout_cells(Tensor token, Tensor offsets) -> Tensor
-moved_rows(Tensor token, Tensor offsets, Tensor to_token, Tensor to_offsets) -> Tensor
+layout_cells(Tensor token, Tensor offsets, SymInt? rows=None) -> Tensor
+moved_rows(Tensor token, Tensor offsets, Tensor to_token, Tensor to_offsets, SymInt? rows=None) \
+-> Tensor
 neuron({NEURON}) -> (Tensor, Tensor)
 neuron_backward(Tensor? grad_spikes, Tensor? grad_v, {NEURON}) -> (Tensor, Tensor, Tensor)
 spiking_attention({ATTENTION}) -> Tensor
@@ -153,8 +155,7 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
-            f"{ctx.name}: the kernels have first derivatives only; "
-            "backend='reference' has more"
+            f"{ctx.name}: the kernels have first derivatives only; backend='reference' has more"
         )
 
 
