@@ -463,6 +463,7 @@ def operator_arguments(
     if name in ("layout_cells", "moved_rows"):
         pool["token"], pool["offsets"] = layout.token, layout.offsets  # never left out
         pool["to_token"], pool["to_offsets"] = fewer.token, fewer.offsets
+        pool["rows"] = None if bare else T * B * N
     if name.startswith("neuron"):
         pool["v"] = numbers.normal((B, N, C)).to(arithmetic)
         pool["grad_v"] = numbers.normal((B, N, C)).to(arithmetic)

@@ -1,6 +1,8 @@
 // token_layout, layout_cells, check_layout, moved_rows: integer work on layouts.
 #include "../cpu/layout.h"
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace atsnn {
@@ -30,15 +32,28 @@ std::tuple<Tensor, Tensor> token_layout(const Tensor& active_steps, int64_t T) {
   return {token, offsets};
 }
 
-Tensor layout_cells(const Tensor& token, const Tensor& offsets) {
-  const HeldLayout layout("layout_cells", token, offsets);
-  Tensor cell = at::empty({layout.view.rows()}, token.options());
+// One number a row of the layout, and -1 for the rows past its end where more are wanted.
+Tensor empty_rows(const char* op, const Layout& layout, std::optional<int64_t> rows,
+                  const Tensor& like) {
+  const int64_t used = layout.rows(), wanted = rows.value_or(used);
+  TORCH_CHECK_VALUE(wanted >= used && wanted <= layout.T * layout.B * layout.N, op,
+                    ": rows must lie in ", used, " .. ", layout.T * layout.B * layout.N,
+                    " for this layout, got ", wanted);
+  Tensor out = at::empty({wanted}, like.options());
+  std::fill(write<int64_t>(out) + used, write<int64_t>(out) + wanted, -1);
+  return out;
+}
+
+Tensor layout_cells(const Tensor& token, const Tensor& offsets, std::optional<int64_t> rows) {
+  const char* op = "layout_cells";
+  const HeldLayout layout(op, token, offsets);
+  Tensor cell = empty_rows(op, layout.view, rows, token);
   row_cells(layout.view, write<int64_t>(cell));
   return cell;
 }
 
 Tensor moved_rows(const Tensor& token, const Tensor& offsets, const Tensor& to_token,
-                  const Tensor& to_offsets) {
+                  const Tensor& to_offsets, std::optional<int64_t> rows) {
   const char* op = "moved_rows";
   const HeldLayout from(op, token, offsets);
   const HeldLayout to(op, to_token, to_offsets);
@@ -46,7 +61,7 @@ Tensor moved_rows(const Tensor& token, const Tensor& offsets, const Tensor& to_t
       from.view.T == to.view.T && from.view.B == to.view.B && from.view.N == to.view.N, op,
       ": both layouts must have the same T, B, N, got ", from.view.T, ", ", from.view.B, ", ",
       from.view.N, " and ", to.view.T, ", ", to.view.B, ", ", to.view.N);
-  Tensor row = at::empty({to.view.rows()}, token.options());
+  Tensor row = empty_rows(op, to.view, rows, token);
   const Scratch rank(from.view.B * from.view.N * sizeof(int64_t));
   token_ranks(from.view, rank.as<int64_t>());
   TORCH_CHECK_VALUE(find_rows(from.view, rank.as<int64_t>(), to.view, write<int64_t>(row)), op,

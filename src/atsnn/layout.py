@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from .checks import (
@@ -256,15 +257,22 @@ def token_layout(n: Tensor, T: int) -> tuple[Tensor, Tensor]:
     return token, offsets
 
 
-def layout_cells(token: Tensor, offsets: Tensor) -> Tensor:
+def layout_cells(token: Tensor, offsets: Tensor, rows: int | None = None) -> Tensor:
     """``[R]``: the position of each row in the flattened cells."""
     B, N = token.shape
     m = offsets.diff().view(-1, B, 1) if B else offsets.new_zeros((0, 0, 1))
     t, b, rank = (m > torch.arange(N, device=token.device)).nonzero(as_tuple=True)
-    return (t * B + b) * N + token[b, rank]
+    return _with_rows((t * B + b) * N + token[b, rank], rows)
 
 
-def moved_rows(token: Tensor, offsets: Tensor, to_token: Tensor, to_offsets: Tensor) -> Tensor:
+def _with_rows(found: Tensor, rows: int | None) -> Tensor:
+    """As many rows as wanted, -1 past the end of what is found."""
+    return found if rows is None else nnf.pad(found, (0, rows - len(found)), value=-1)
+
+
+def moved_rows(
+    token: Tensor, offsets: Tensor, to_token: Tensor, to_offsets: Tensor, rows: int | None = None
+) -> Tensor:
     """``[R']``: the row of the first layout that each row of the second is."""
     cells, wanted = layout_cells(token, offsets), layout_cells(to_token, to_offsets)
     row = torch.full((int(wanted.max()) + 1 if len(wanted) else 0,), -1, device=token.device)
@@ -276,4 +284,4 @@ def moved_rows(token: Tensor, offsets: Tensor, to_token: Tensor, to_offsets: Ten
             "moved_rows: every cell of the new layout must be active in the old one, "
             f"got one that is not, cell {int(wanted[found < 0][0])}"
         )
-    return found
+    return _with_rows(found, rows)

@@ -18,10 +18,16 @@ def _token_layout_fake(active_steps, T):
     return torch.empty_like(active_steps), active_steps.new_empty(T * B + 1)
 
 
-def _some_rows(token, *_):
+def _some_rows(token, rows):
     # How many rows there are is in the values of the offsets.
-    return token.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return token.new_empty(torch.library.get_ctx().new_dynamic_size() if rows is None else rows)
 
 
-fake("layout_cells")(_some_rows)
-fake("moved_rows")(lambda token, offsets, to_token, to_offsets: _some_rows(token))
+@fake("layout_cells")
+def _layout_cells_fake(token, offsets, rows=None):
+    return _some_rows(token, rows)
+
+
+@fake("moved_rows")
+def _moved_rows_fake(token, offsets, to_token, to_offsets, rows=None):
+    return _some_rows(token, rows)
