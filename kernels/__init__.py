@@ -10,6 +10,13 @@ if __name__ != "atsnn.kernels":
         "(pip install -e . --no-build-isolation) instead of putting its root on sys.path"
     )
 
+from .attention import spiking_attention, spiking_attention_backward
 from .neuron import neuron, neuron_backward, neuron_spikes
 
-__all__ = ["neuron", "neuron_backward", "neuron_spikes"]
+__all__ = [
+    "neuron",
+    "neuron_backward",
+    "neuron_spikes",
+    "spiking_attention",
+    "spiking_attention_backward",
+]
