@@ -12,11 +12,14 @@ if __name__ != "atsnn.kernels":
 
 from .attention import spiking_attention, spiking_attention_backward
 from .neuron import neuron, neuron_backward, neuron_spikes
+from .spike_driven import spike_driven_attention, spike_driven_attention_backward
 
 __all__ = [
     "neuron",
     "neuron_backward",
     "neuron_spikes",
+    "spike_driven_attention",
+    "spike_driven_attention_backward",
     "spiking_attention",
     "spiking_attention_backward",
 ]

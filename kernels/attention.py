@@ -47,14 +47,20 @@ def read_block(x, base, r, n, c, end, x_r, x_c, ACC: tl.constexpr):
 
 
 @triton.jit
+def write_block(out, start, r, n, c, end, C, value):
+    """Rows and channels of an output, whose rows follow each other."""
+    at, here = block_at(start * C, r, n, c, end, C, 1)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
 def weighted(v, sizes, token, b, r, N):
     """Rows ``v`` times the sizes of their tokens."""
-    if sizes is None:
-        return v
-    else:
+    if sizes is not None:
         k = token_at(token, b, r, N)
         at = sizes + tl.cast(b, tl.int64) * N + k
-        return v * tl.load(at, mask=k >= 0, other=0.0).to(v.dtype)[:, None]
+        v *= tl.load(at, mask=k >= 0, other=0.0).to(v.dtype)[:, None]
+    return v
 
 
 @triton.jit
@@ -74,6 +80,50 @@ def run_head_panel(T, B, heads, D: tl.constexpr, BLOCK_P: tl.constexpr):
     return run // B, run % B, head, panel * BLOCK_P
 
 
+@triton.jit
+def attend(
+    x, x_at, x_r, x_c, y, y_at, y_r, y_c, z, z_at, z_r, z_c, out, sizes, token, b, start, n, N,
+    head, first, C, SUM_WEIGHS: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """``out = SCALE * x (y^T z)`` of one head of one run, a panel of its columns.
+
+    The sizes weigh the rows that are summed over, or those of the result.
+    """
+    c = head * D + tl.arange(0, BLOCK_D)
+    p = head * D + first + tl.arange(0, BLOCK_P)
+    end = head * D + D
+    lane = tl.arange(0, BLOCK_N)
+    if n >= D:
+        inner = tl.zeros((BLOCK_D, BLOCK_P), ACC)
+        for j in range(0, n, BLOCK_N):
+            left = read_block(y, y_at, j + lane, n, c, end, y_r, y_c, ACC)
+            right = read_block(z, z_at, j + lane, n, p, end, z_r, z_c, ACC)
+            if SUM_WEIGHS:
+                right = weighted(right, sizes, token, b, j + lane, N)
+            inner += product(tl.trans(left), right, ACC)
+        for i in range(0, n, BLOCK_N):
+            rows = read_block(x, x_at, i + lane, n, c, end, x_r, x_c, ACC)
+            found = product(rows, inner, ACC) * SCALE
+            if not SUM_WEIGHS:
+                found = weighted(found, sizes, token, b, i + lane, N)
+            write_block(out, start, i + lane, n, p, end, C, found)
+    else:
+        for i in range(0, n, BLOCK_N):
+            rows = read_block(x, x_at, i + lane, n, c, end, x_r, x_c, ACC)
+            found = tl.zeros((BLOCK_N, BLOCK_P), ACC)
+            for j in range(0, n, BLOCK_N):
+                left = read_block(y, y_at, j + lane, n, c, end, y_r, y_c, ACC)
+                right = read_block(z, z_at, j + lane, n, p, end, z_r, z_c, ACC)
+                if SUM_WEIGHS:
+                    right = weighted(right, sizes, token, b, j + lane, N)
+                found += product(product(rows, tl.trans(left), ACC), right, ACC)
+            found *= SCALE
+            if not SUM_WEIGHS:
+                found = weighted(found, sizes, token, b, i + lane, N)
+            write_block(out, start, i + lane, n, p, end, C, found)
+
+
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     q, q_t, q_b, q_r, q_c, k, k_t, k_b, k_r, k_c, v, v_t, v_b, v_r, v_c, out, sizes,
@@ -87,35 +137,10 @@ def forward_kernel(
     q_at = base_of(start, t, b, q_t, q_b, q_r, offsets)
     k_at = base_of(start, t, b, k_t, k_b, k_r, offsets)
     v_at = base_of(start, t, b, v_t, v_b, v_r, offsets)
-    c = head * D + tl.arange(0, BLOCK_D)
-    p = head * D + first + tl.arange(0, BLOCK_P)
-    end = head * D + D
-    lane = tl.arange(0, BLOCK_N)
-    if n >= D:
-        kv = tl.zeros((BLOCK_D, BLOCK_P), ACC)
-        for j in range(0, n, BLOCK_N):
-            r = j + lane
-            keys = read_block(k, k_at, r, n, c, end, k_r, k_c, ACC)
-            values = read_block(v, v_at, r, n, p, end, v_r, v_c, ACC)
-            kv += product(tl.trans(keys), weighted(values, sizes, token, b, r, N), ACC)
-        for i in range(0, n, BLOCK_N):
-            r = i + lane
-            queries = read_block(q, q_at, r, n, c, end, q_r, q_c, ACC)
-            found = product(queries, kv, ACC) * SCALE
-            at, here = block_at(start * C, r, n, p, end, C, 1)
-            tl.store(out + at, found.to(out.dtype.element_ty), mask=here)
-    else:
-        for i in range(0, n, BLOCK_N):
-            r = i + lane
-            queries = read_block(q, q_at, r, n, c, end, q_r, q_c, ACC)
-            found = tl.zeros((BLOCK_N, BLOCK_P), ACC)
-            for j in range(0, n, BLOCK_N):
-                keys = read_block(k, k_at, j + lane, n, c, end, k_r, k_c, ACC)
-                values = read_block(v, v_at, j + lane, n, p, end, v_r, v_c, ACC)
-                pairs = product(queries, tl.trans(keys), ACC)
-                found += product(pairs, weighted(values, sizes, token, b, j + lane, N), ACC)
-            at, here = block_at(start * C, r, n, p, end, C, 1)
-            tl.store(out + at, (found * SCALE).to(out.dtype.element_ty), mask=here)
+    attend(
+        q, q_at, q_r, q_c, k, k_at, k_r, k_c, v, v_at, v_r, v_c, out, sizes, token, b, start, n, N,
+        head, first, C, True, D, SCALE, ACC, BLOCK_N, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -126,10 +151,8 @@ def backward_kernel(
     D: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """With ``w = diag(sizes) v``: ``dq = g kv^T``, ``dk = w dkv^T``, ``dv = diag(sizes) k dkv``.
-
-    ``kv = k^T w`` and ``dkv = q^T g``, ``g`` the gradient times the scale.
-    """
+    """Each gradient has the form of the forward: ``dq = g (v^T k)``, ``dk = v (g^T q)`` and
+    ``dv = k (q^T g)``. A run is read for all three in turn, so that it comes from the cache."""
     t, b, head, first = run_head_panel(T, B, heads, D, BLOCK_P)
     start, n = run_of(offsets, t, b, T, B, N, rows)
     n = n.to(tl.int32)
@@ -137,70 +160,18 @@ def backward_kernel(
     q_at = base_of(start, t, b, q_t, q_b, q_r, offsets)
     k_at = base_of(start, t, b, k_t, k_b, k_r, offsets)
     v_at = base_of(start, t, b, v_t, v_b, v_r, offsets)
-    c = head * D + tl.arange(0, BLOCK_D)
-    p = head * D + first + tl.arange(0, BLOCK_P)
-    end = head * D + D
-    lane = tl.arange(0, BLOCK_N)
-    if n >= D:
-        # Rows p of kv and dkv, and columns p of dkv: the same where one program has them all.
-        kv = tl.zeros((BLOCK_P, BLOCK_D), ACC)
-        dkv = tl.zeros((BLOCK_P, BLOCK_D), ACC)
-        columns = tl.zeros((BLOCK_D, BLOCK_P), ACC)
-        for j in range(0, n, BLOCK_N):
-            r = j + lane
-            keys = read_block(k, k_at, r, n, p, end, k_r, k_c, ACC)
-            values = read_block(v, v_at, r, n, c, end, v_r, v_c, ACC)
-            kv += product(tl.trans(keys), weighted(values, sizes, token, b, r, N), ACC)
-            queries = read_block(q, q_at, r, n, p, end, q_r, q_c, ACC)
-            sent = read_block(grad, g_at, r, n, c, end, g_r, g_c, ACC) * SCALE
-            dkv += product(tl.trans(queries), sent, ACC)
-            if BLOCK_P < BLOCK_D:
-                queries = read_block(q, q_at, r, n, c, end, q_r, q_c, ACC)
-                sent = read_block(grad, g_at, r, n, p, end, g_r, g_c, ACC) * SCALE
-                columns += product(tl.trans(queries), sent, ACC)
-        if BLOCK_P == BLOCK_D:
-            columns = dkv
-        for i in range(0, n, BLOCK_N):
-            r = i + lane
-            at, here = block_at(start * C, r, n, p, end, C, 1)
-            sent = read_block(grad, g_at, r, n, c, end, g_r, g_c, ACC) * SCALE
-            to_q = product(sent, tl.trans(kv), ACC)
-            tl.store(grad_q + at, to_q.to(grad_q.dtype.element_ty), mask=here)
-            values = read_block(v, v_at, r, n, c, end, v_r, v_c, ACC)
-            to_k = product(weighted(values, sizes, token, b, r, N), tl.trans(dkv), ACC)
-            tl.store(grad_k + at, to_k.to(grad_k.dtype.element_ty), mask=here)
-            keys = read_block(k, k_at, r, n, c, end, k_r, k_c, ACC)
-            to_v = weighted(product(keys, columns, ACC), sizes, token, b, r, N)
-            tl.store(grad_v + at, to_v.to(grad_v.dtype.element_ty), mask=here)
-    else:
-        for i in range(0, n, BLOCK_N):
-            r = i + lane
-            to_q = tl.zeros((BLOCK_N, BLOCK_P), ACC)
-            to_k = tl.zeros((BLOCK_N, BLOCK_P), ACC)
-            to_v = tl.zeros((BLOCK_N, BLOCK_P), ACC)
-            for j in range(0, n, BLOCK_N):
-                o = j + lane
-                # What row r sends through the pairs it is a query in: to its query.
-                sent = read_block(grad, g_at, r, n, c, end, g_r, g_c, ACC) * SCALE
-                values = read_block(v, v_at, o, n, c, end, v_r, v_c, ACC)
-                values = weighted(values, sizes, token, b, o, N)
-                keys = read_block(k, k_at, o, n, p, end, k_r, k_c, ACC)
-                to_q += product(product(sent, tl.trans(values), ACC), keys, ACC)
-                # And through those it is a key in: to its key and value.
-                sent = read_block(grad, g_at, o, n, c, end, g_r, g_c, ACC) * SCALE
-                values = read_block(v, v_at, r, n, c, end, v_r, v_c, ACC)
-                values = weighted(values, sizes, token, b, r, N)
-                queries = read_block(q, q_at, o, n, p, end, q_r, q_c, ACC)
-                to_k += product(product(values, tl.trans(sent), ACC), queries, ACC)
-                queries = read_block(q, q_at, o, n, c, end, q_r, q_c, ACC)
-                keys = read_block(k, k_at, r, n, c, end, k_r, k_c, ACC)
-                sent = read_block(grad, g_at, o, n, p, end, g_r, g_c, ACC) * SCALE
-                to_v += product(product(keys, tl.trans(queries), ACC), sent, ACC)
-            at, here = block_at(start * C, r, n, p, end, C, 1)
-            tl.store(grad_q + at, to_q.to(grad_q.dtype.element_ty), mask=here)
-            tl.store(grad_k + at, to_k.to(grad_k.dtype.element_ty), mask=here)
-            to_v = weighted(to_v, sizes, token, b, r, N)
-            tl.store(grad_v + at, to_v.to(grad_v.dtype.element_ty), mask=here)
+    attend(
+        grad, g_at, g_r, g_c, v, v_at, v_r, v_c, k, k_at, k_r, k_c, grad_q, sizes, token, b, start,
+        n, N, head, first, C, True, D, SCALE, ACC, BLOCK_N, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
+    attend(
+        v, v_at, v_r, v_c, grad, g_at, g_r, g_c, q, q_at, q_r, q_c, grad_k, sizes, token, b, start,
+        n, N, head, first, C, False, D, SCALE, ACC, BLOCK_N, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
+    attend(
+        k, k_at, k_r, k_c, q, q_at, q_r, q_c, grad, g_at, g_r, g_c, grad_v, sizes, token, b, start,
+        n, N, head, first, C, False, D, SCALE, ACC, BLOCK_N, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
 
 
 class Tokens:
@@ -249,8 +220,8 @@ def _heads(op: str, tokens: Tokens, num_heads: int, scale: float) -> tuple[int, 
     panel = min(block, PANEL)
     programs = tokens.runs.T * tokens.runs.B * num_heads * triton.cdiv(D, panel)
     return programs, dict(
-        D=D, SCALE=float(scale), ACC=tokens.acc, BLOCK_N=32, BLOCK_D=block, BLOCK_P=panel,
-        num_warps=4 if block <= 64 else 8,
+        D=D, SCALE=float(scale), ACC=tokens.acc, BLOCK_N=32 if block <= 32 else 16, BLOCK_D=block,
+        BLOCK_P=panel, num_warps=4 if block <= 64 else 8, enable_fp_fusion=True,
     )  # fmt: skip
 
 
