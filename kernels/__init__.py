@@ -11,6 +11,7 @@ if __name__ != "atsnn.kernels":
     )
 
 from .attention import spiking_attention, spiking_attention_backward
+from .linear import pack_spikes, spike_linear_lif, unpack_spikes
 from .neuron import neuron, neuron_backward, neuron_spikes
 from .spike_driven import spike_driven_attention, spike_driven_attention_backward
 
@@ -18,8 +19,11 @@ __all__ = [
     "neuron",
     "neuron_backward",
     "neuron_spikes",
+    "pack_spikes",
     "spike_driven_attention",
     "spike_driven_attention_backward",
+    "spike_linear_lif",
     "spiking_attention",
     "spiking_attention_backward",
+    "unpack_spikes",
 ]

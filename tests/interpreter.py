@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from triton.runtime import interpreter
 
 import atsnn
 
+# It takes milliseconds a program: few examples, small ones.
+FEW = settings(
+    max_examples=settings.default.max_examples // 5,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 RUNS = atsnn.available_backends()["triton"] is True
 
 

@@ -14,8 +14,8 @@ from cases import (
     layouts,
     ragged,
 )
-from hypothesis import HealthCheck, given, settings
-from interpreter import RUNS, guard  # noqa: F401
+from hypothesis import given
+from interpreter import FEW, RUNS, guard  # noqa: F401
 from test_rows import SEEDS, assert_gradients_close
 
 pytestmark = [
@@ -23,11 +23,6 @@ pytestmark = [
     pytest.mark.usefixtures("guard"),
 ]
 
-# The interpreter takes milliseconds a program: few examples, small ones.
-FEW = settings(
-    max_examples=settings.default.max_examples // 5,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 CHANNELS = st.sampled_from([1, 3, 8, 17])
 
 

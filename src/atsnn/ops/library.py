@@ -89,6 +89,7 @@ LIBRARIES = {"atsnn": LIBRARY, "atsnn_triton": TRITON_LIBRARY}
 for _schema in SCHEMAS.strip().splitlines():
     for _library in LIBRARIES.values():
         _library.define(_schema)
+WITHOUT_KERNEL = ("pack_linear",)  # it moves weights once, which PyTorch does
 OPERATORS = [_schema.split("(")[0] for _schema in SCHEMAS.strip().splitlines()]
 
 native: Any = None
@@ -103,7 +104,9 @@ def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the reference of an operator for every device without a kernel of its own."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(torch.no_grad()(function))
+        for library in LIBRARIES.values() if name in WITHOUT_KERNEL else [LIBRARY]:
+            kernel = torch.no_grad()(function)
+            torch.library.impl(library, name, "CompositeExplicitAutograd")(kernel)
         return function
 
     return register

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .library import LIBRARY, OPERATORS, TRITON_LIBRARY
+from .library import LIBRARY, OPERATORS, TRITON_LIBRARY, WITHOUT_KERNEL
 
 OLDEST = (3, 3)  # kernels keep potentials in tuples, which older compilers do not have
 INTERPRETER = "TRITON_INTERPRET"
@@ -59,7 +59,7 @@ def _launcher(name: str) -> Callable[..., Any]:
     return launch
 
 
-for _name in OPERATORS:
+for _name in set(OPERATORS).difference(WITHOUT_KERNEL):
     torch.library.impl(TRITON_LIBRARY, _name, "CompositeExplicitAutograd")(_launcher(_name))
     if _package_missing() is None:
         torch.library.impl(LIBRARY, _name, "CUDA")(_launcher(_name))
