@@ -11,11 +11,26 @@ if __name__ != "atsnn.kernels":
     )
 
 from .attention import spiking_attention, spiking_attention_backward
+from .layout import layout_cells, moved_rows, token_layout
 from .linear import pack_spikes, spike_linear_lif, unpack_spikes
+from .matching import firing_counts, match_tokens
+from .merging import (
+    merge_tokens,
+    merge_tokens_backward,
+    unmerge_tokens,
+    unmerge_tokens_backward,
+)
 from .neuron import neuron, neuron_backward, neuron_spikes
 from .spike_driven import spike_driven_attention, spike_driven_attention_backward
+from .taking import take_rows, take_rows_backward
 
 __all__ = [
+    "firing_counts",
+    "layout_cells",
+    "match_tokens",
+    "merge_tokens",
+    "merge_tokens_backward",
+    "moved_rows",
     "neuron",
     "neuron_backward",
     "neuron_spikes",
@@ -25,5 +40,10 @@ __all__ = [
     "spike_linear_lif",
     "spiking_attention",
     "spiking_attention_backward",
+    "take_rows",
+    "take_rows_backward",
+    "token_layout",
+    "unmerge_tokens",
+    "unmerge_tokens_backward",
     "unpack_spikes",
 ]
