@@ -6,19 +6,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as nnf
-from cases import (
-    DIFFERENTIABLE,
-    OPERATIONS,
-    Numbers,
-    assert_same,
-    gradients,
-    layouts,
-    ragged,
-)
+from cases import assert_same, layouts
 from hypothesis import given, settings
 
 import atsnn.functional as F
 from atsnn import TokenLayout, reference
+from atsnn.cases import DIFFERENTIABLE, OPERATIONS, Numbers, gradients, ragged
 
 BACKENDS = ("native", "reference")
 FORMS = ("packed", "dense")

@@ -8,12 +8,13 @@ import pickle
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import Numbers, layouts, ragged
+from cases import layouts
 from hypothesis import given
 from torch import nn
 
 import atsnn.functional as F
 import atsnn.nn as ann
+from atsnn.cases import Numbers, ragged
 from atsnn.checks import InvalidType, InvalidValue
 
 

@@ -5,18 +5,12 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import (
-    DIFFERENTIABLE,
-    OPERATIONS,
-    Numbers,
-    assert_same,
-    gradients,
-    layouts,
-    ragged,
-)
+from cases import assert_same, layouts
 from hypothesis import given
 from interpreter import FEW, RUNS, guard  # noqa: F401
 from test_rows import SEEDS, assert_gradients_close
+
+from atsnn.cases import DIFFERENTIABLE, OPERATIONS, Numbers, gradients, ragged
 
 pytestmark = [
     pytest.mark.skipif(not RUNS, reason="Triton cannot run here"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import layouts, ragged
+from cases import layouts
 from hypothesis import given
 from interpreter import FEW, RUNS, guard  # noqa: F401
 from test_spike_linear import NEURONS, case, plain
 from torch import nn
 
 import atsnn.functional as F
+from atsnn.cases import ragged
 
 pytestmark = [
     pytest.mark.skipif(not RUNS, reason="Triton cannot run here"),

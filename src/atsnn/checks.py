@@ -44,6 +44,16 @@ class MissingDependency(AtsnnError, ImportError):
     """An optional package that the call needs and that is not installed."""
 
 
+# Where a check may look at values. Elsewhere that would wait for the device, block after block;
+# kernels stay inside their tensors whatever the values are.
+HOST_DEVICES = {"cpu"}
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether checks may look at values: on the host, and not while a graph is being traced."""
+    return not torch.compiler.is_compiling() and tensor.device.type in HOST_DEVICES
+
+
 def shape_of(tensor: Tensor | Sequence[int]) -> str:
     sizes = tensor.shape if isinstance(tensor, Tensor) else tensor
     return "(" + ", ".join(str(int(size)) for size in sizes) + ")"
@@ -143,8 +153,8 @@ def check_integer(
 
 
 def check_finite(op: str, name: str, tensor: Tensor) -> None:
-    """Check that every element is finite. Skipped while a graph is being traced."""
-    if torch.compiler.is_compiling() or not tensor.is_floating_point():
+    """Check that every element is finite, where values are visible."""
+    if not values_visible(tensor) or not tensor.is_floating_point():
         return
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())

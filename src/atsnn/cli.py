@@ -43,6 +43,17 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", _info, "print what is built, what is in use and what is missing")
     _json_option(info)
 
+    check = command(
+        "check", _check, "compare a backend's operations with the reference, case by case"
+    )
+    check.add_argument("--device", default="cpu", help="PyTorch device to run on, such as cuda")
+    check.add_argument(
+        "--backend", default="auto", choices=("auto", "native", "triton", "reference"),
+        help="who computes; auto: what serves the device",
+    )  # fmt: skip
+    check.add_argument("--only", nargs="+", metavar="OPERATION", help="check these alone")
+    _json_option(check)
+
     bench = command(
         "bench", _bench, "measure what halting saves on a trained model and real images"
     )
@@ -199,6 +210,28 @@ def _info(args: argparse.Namespace) -> int:
     console.print(f"checkpoints        {', '.join(found['checkpoints'])}")
     _write_json(args.json, found)
     return GOOD
+
+
+def _check(args: argparse.Namespace) -> int:
+    from . import report
+    from .conformance import check_backend
+
+    console = _console()
+    found = []
+    with console.status("starting") as status:
+        for finding in check_backend(args.backend, args.device, args.only):
+            status.update(f"{finding.operation}, {finding.case}")
+            found.append(finding)
+    console.print(
+        f"[bold]atsnn check[/bold]  backend {args.backend}, device {args.device}, "
+        "against the reference"
+    )
+    report.print_all(console, report.check_tables(found))
+    _write_json(
+        args.json,
+        {"backend": args.backend, "device": args.device, "findings": [vars(f) for f in found]},
+    )
+    return FAILED if any(finding.result == "fail" for finding in found) else GOOD
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -27,7 +27,6 @@ from .cost import Cost, Parts, cost_of_trace
 from .functional.linear import MOST_INPUTS, MOST_TIMESTEPS
 from .nn.blocks import MLP, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
 from .nn.config import SpikformerConfig
-from .nn.execution import EXECUTIONS
 from .nn.halting import Halting
 from .nn.merging import TokenMerge
 from .nn.model import ATSpikformer, Head, check_images
@@ -187,7 +186,7 @@ class Engine:
         c = self.config
         op = "Engine"
         x = self._images(x)
-        check_choice(op, "execution", execution, EXECUTIONS)
+        check_choice(op, "execution", execution, ("packed", "masked"))
         if level is not None:
             check_choice(op, "level", level, levels())
         still = x.dim() == 4

@@ -18,6 +18,7 @@ from .checks import (
     check_shape,
     check_tensor,
     shape_of,
+    values_visible,
 )
 
 __all__ = ["TokenLayout"]
@@ -52,6 +53,10 @@ class TokenLayout:
         ``[B, N]`` int64, the token at each rank.
     offsets : Tensor
         ``[T * B + 1]`` int64.
+    padded : bool
+        Whether rows are as many as there could ever be, ``num_rows = T * B * N``, of which those
+        past ``offsets[-1]`` mean nothing. Then nobody need know how many are active, which on a
+        GPU is known only after waiting for it.
 
     Raises
     ------
@@ -66,6 +71,7 @@ class TokenLayout:
     active_steps: Tensor
     token: Tensor
     offsets: Tensor
+    padded: bool = False
 
     def __post_init__(self) -> None:
         op = "TokenLayout"
@@ -79,7 +85,8 @@ class TokenLayout:
                     f"{op}: {name} must be what the active steps give, {_short(want)}, "
                     f"got {_short(value)}"
                 )
-        parts = (*self.active_steps.shape, int(offsets[-1]))
+        B, N = self.active_steps.shape
+        parts = (B, N, self.T * B * N if self.padded else int(offsets[-1]))
         for name, found, size in zip(
             ("B", "N", "num_rows"), (self.B, self.N, self.num_rows), parts, strict=True
         ):
@@ -89,12 +96,15 @@ class TokenLayout:
                 )
 
     @classmethod
-    def _trusted(cls, T: int, n: Tensor, token: Tensor, offsets: Tensor) -> TokenLayout:
-        """Without the checks, of parts that were just computed."""
+    def _trusted(
+        cls, T: int, n: Tensor, token: Tensor, offsets: Tensor, rows: int | None, padded: bool
+    ) -> TokenLayout:
+        """Without the checks, of parts that were just computed; ``rows``: if they are known."""
         layout = object.__new__(cls)
+        rows = int(offsets[-1]) if rows is None else rows
         for name, value in (
-            ("T", T), ("B", n.shape[0]), ("N", n.shape[1]), ("num_rows", int(offsets[-1])),
-            ("active_steps", n), ("token", token), ("offsets", offsets),
+            ("T", T), ("B", n.shape[0]), ("N", n.shape[1]), ("num_rows", rows),
+            ("active_steps", n), ("token", token), ("offsets", offsets), ("padded", padded),
         ):  # fmt: skip
             object.__setattr__(layout, name, value)
         return layout
@@ -116,13 +126,26 @@ class TokenLayout:
         """
         op = "TokenLayout.from_active_steps"
         token, offsets = rank_tokens(op, n, T)
-        return cls._trusted(T, n.to(torch.int64), token, offsets)
+        return cls._trusted(T, n.to(torch.int64), token, offsets, None, False)
 
     @classmethod
-    def full(cls, T: int, B: int, N: int, device: torch.device | None = None) -> TokenLayout:
+    def full(
+        cls, T: int, B: int, N: int, device: torch.device | None = None, padded: bool = False
+    ) -> TokenLayout:
         """The layout in which every cell is active."""
+        op = "TokenLayout.full"
         n = torch.full((B, N), T, dtype=torch.int64, device=device)
-        return cls.from_active_steps(n, T)
+        return cls._trusted(T, n, *rank_tokens(op, n, T), T * B * N, padded)
+
+    def following(self, n: Tensor) -> TokenLayout:
+        """The layout of the next block, of the active steps that halting found.
+
+        It is not checked again. How many rows it has is asked of the device, once, unless this
+        layout is padded: then so is the next.
+        """
+        token, offsets = torch.ops.atsnn.token_layout(n, self.T)
+        rows = self.num_rows if self.padded else None
+        return self._trusted(self.T, n, token, offsets, rows, self.padded)
 
     @classmethod
     def from_parts(cls, token: Tensor, offsets: Tensor) -> TokenLayout:
@@ -150,12 +173,12 @@ class TokenLayout:
     @property
     def is_full(self) -> bool:
         """Whether every cell is active; then rows are the cells in their order."""
-        return self.num_rows == self.T * self.B * self.N
+        return not self.padded and self.num_rows == self.T * self.B * self.N
 
     @cached_property
     def index(self) -> Tensor:
         """``[R]`` int64: the position of each row in the flattened ``[T * B * N]`` cells."""
-        return torch.ops.atsnn.layout_cells(self.token, self.offsets)
+        return torch.ops.atsnn.layout_cells(self.token, self.offsets, self.num_rows)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -181,6 +204,8 @@ class TokenLayout:
                 f"{self.N}, ...), got {shape_of(x)}"
             )
         rows = x.flatten(0, 2)
+        if self.padded:
+            return rows.index_select(0, self.index.clamp(min=0))
         return rows if self.is_full else rows.index_select(0, self.index)
 
     def unpack(self, rows: Tensor, fill: float = 0.0) -> Tensor:
@@ -193,8 +218,11 @@ class TokenLayout:
         shape = (self.T, self.B, self.N, *rows.shape[1:])
         if self.is_full:
             return rows.view(shape)
-        cells = rows.new_full((self.T * self.B * self.N, *rows.shape[1:]), fill)
-        return cells.index_copy(0, self.index, rows).view(shape)
+        # Rows that mean nothing go to a cell too many.
+        count = self.T * self.B * self.N
+        cells = rows.new_full((count + self.padded, *rows.shape[1:]), fill)
+        index = self.index % (count + 1) if self.padded else self.index
+        return cells.index_copy(0, index, rows)[:count].view(shape)
 
     def without(self, tokens: Tensor) -> TokenLayout:
         """The layout in which these tokens, ``[B, N]`` bool, are not active."""
@@ -218,11 +246,14 @@ class TokenLayout:
             shape, there = (self.T, self.B, self.N), (other.T, other.B, other.N)
             if shape != there:
                 raise InvalidValue(f"{op}: both layouts must have (T, B, N) = {there}, got {shape}")
-            if bool((self.active_steps > other.active_steps).any()):
+            visible = values_visible(self.token)
+            if visible and bool((self.active_steps > other.active_steps).any()):
                 raise InvalidValue(
                     f"{op}: every cell of the new layout must be active in the old one"
                 )
-        return torch.ops.atsnn.moved_rows(other.token, other.offsets, self.token, self.offsets)
+        return torch.ops.atsnn.moved_rows(
+            other.token, other.offsets, self.token, self.offsets, self.num_rows
+        )
 
 
 def rank_tokens(op: str, n: Tensor, T: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +263,7 @@ def rank_tokens(op: str, n: Tensor, T: int) -> tuple[Tensor, Tensor]:
     check_integer(op, "T", T, at_least=0, at_most=MOST_TIMESTEPS)
     if n.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise InvalidType(f"{op}: n must be an integer tensor, got {n.dtype}")
-    if n.numel() and not 0 <= int(n.min()) <= int(n.max()) <= T:
+    if values_visible(n) and n.numel() and not 0 <= int(n.min()) <= int(n.max()) <= T:
         raise InvalidValue(
             f"{op}: n must lie in 0 .. T = {T}, got values in {int(n.min())} .. {int(n.max())}"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import require
+from .conformance import Finding
 from .data import Split
 from .nn.model import ATSpikformer
 
@@ -54,6 +55,31 @@ def evaluation_table(rows: dict[str, dict[str, Any]]) -> Table:
             _percent(row["cells"]),
         )  # fmt: skip
     return table
+
+
+def check_tables(findings: list[Finding]) -> list[RenderableType]:
+    """One row an operation, one column a case; below it what failed or was not supported."""
+    from rich.markup import escape
+
+    marks = {"pass": "ok", "fail": "[bold red]FAIL[/]", "unsupported": "-"}
+    cases = list(dict.fromkeys(f.case for f in findings))
+    table = _table("Same bits as the reference; gradients to 1e-5", "operation", *cases)
+    # So that it fits 80 columns.
+    table.box, table.padding = None, (0, 1, 0, 0)
+    table.columns[0].no_wrap = True
+    rows: dict[str, dict[str, str]] = {}
+    for f in findings:
+        rows.setdefault(f.operation, {})[f.case] = marks[f.result]
+    for operation, row in rows.items():
+        table.add_row(operation, *(row.get(case, "") for case in cases))
+    counts = {kind: sum(f.result == kind for f in findings) for kind in marks}
+    lines = [f"{kind} {count}" for kind, count in counts.items() if count]
+    details = [
+        f"{f.result}: {f.operation}, {f.case}: {escape(f.detail)}"
+        for f in findings
+        if f.result != "pass"
+    ]
+    return [table, ", ".join(lines), *details]
 
 
 def _cells_table(cost: dict[str, Any], images: int) -> Table:

@@ -14,6 +14,7 @@ from ..checks import (
     check_number,
     check_shape,
     check_tensor,
+    values_visible,
 )
 from ..layout import TokenLayout
 from ..reference import HaltingState
@@ -170,7 +171,7 @@ def accumulate(h: Tensor, *, accumulator: str = "rectangle", eps: float = 0.01) 
     check_shape(op, "h", h, L=None, T=None, B=None, N=None)
     check_choice(op, "accumulator", accumulator, reference.ACCUMULATORS)
     check_number(op, "eps", eps, above=0, below=1)
-    if not torch.compiler.is_compiling() and h.numel():
+    if values_visible(h) and h.numel():
         low, high = float(h.detach().min()), float(h.detach().max())
         if not 0 <= low <= high <= 1:
             raise InvalidValue(f"{op}: h must lie in 0 .. 1, got values in {low} .. {high}")

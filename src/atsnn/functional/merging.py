@@ -18,6 +18,7 @@ from ..checks import (
     check_shape,
     check_tensor,
     shape_of,
+    values_visible,
 )
 from ..layout import TokenLayout
 from ..reference import MergePlan
@@ -119,7 +120,7 @@ def match_tokens(
                 f"{op}: active_steps must be an integer tensor, got {active_steps.dtype}"
             )
     check_finite(op, "counts", counts)
-    if not torch.compiler.is_compiling() and counts.numel():
+    if values_visible(counts) and counts.numel():
         bad = (
             (counts < 0) | (counts != counts.round()) if counts.is_floating_point() else counts < 0
         )
@@ -155,7 +156,7 @@ def _check_plan(op: str, x: Tensor, plan: MergePlan, layout: TokenLayout | None)
     check_device(op, "x", x, "the plan", plan.target)
     target = plan.target
     check_dtype(op, "the plan's target", target, (torch.int64,))
-    if torch.compiler.is_compiling() or not target.numel():
+    if not values_visible(target) or not target.numel():
         return
     N = target.shape[1]
     outside = (target < 0) | (target >= N)
@@ -186,7 +187,7 @@ def _after(
         raise InvalidValue(
             f"{op}: after must have (T, B, N) = {shape}, got {(after.T, after.B, after.N)}"
         )
-    if not torch.compiler.is_compiling():
+    if values_visible(plan.target):
         # A token must be active wherever the one that holds it is active after the merge.
         needed = after.active_steps.gather(1, plan.target)
         short = layout.active_steps < needed

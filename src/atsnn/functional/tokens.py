@@ -15,6 +15,7 @@ from ..checks import (
     check_like,
     check_shape,
     check_tensor,
+    values_visible,
 )
 from ..layout import TokenLayout
 
@@ -72,6 +73,6 @@ def check_sizes(op: str, sizes: Tensor, B: int, N: int, like: Tensor) -> Tensor:
     check_shape(op, "sizes", check_tensor(op, "sizes", sizes), B=B, N=N)
     check_device(op, "sizes", sizes, "the tokens", like)
     check_finite(op, "sizes", sizes)
-    if not torch.compiler.is_compiling() and bool((sizes < 0).any()):
+    if values_visible(sizes) and bool((sizes < 0).any()):
         raise InvalidValue(f"{op}: sizes must be at least 0, got {float(sizes.min())}")
     return sizes.to(torch.float32)

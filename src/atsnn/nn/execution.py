@@ -18,8 +18,6 @@ from ..reference import SCORE_BITS, MergePlan, merged_sizes, ponder_block
 from .blocks import Context, Record
 from .config import SpikformerConfig
 
-EXECUTIONS = ("packed", "masked")
-
 
 @dataclass
 class Kept:
@@ -38,8 +36,8 @@ class PackedRun:
     ----------
     layout : TokenLayout
         The active cells of the block at hand.
-    following : TokenLayout
-        Those of the next block, once this one is finished.
+    steps : Tensor
+        ``[B, N]``, timesteps each token is active in the next block, once this one is finished.
     x : Tensor
         The tokens, ``[R, C]``.
     H : Tensor
@@ -53,13 +51,15 @@ class PackedRun:
     """
 
     packed = True
+    padded = False
 
     def __init__(self, config: SpikformerConfig, x: Tensor, trace: bool) -> None:
         T, B, N, C = x.shape
         self.config = config
         self.sizes = x.new_ones((B, N), dtype=torch.float32)
         self.source = torch.arange(N, device=x.device).repeat(B, 1)
-        self.layout = self.following = TokenLayout.full(T, B, N, x.device)
+        self.layout = TokenLayout.full(T, B, N, x.device, self.padded)
+        self.steps = self.layout.active_steps
         self.x = self._take_in(x)
         self.H = x.new_zeros(self.layout.num_rows, dtype=torch.float32)
         self.features = x.new_zeros((B, C), dtype=torch.float64)
@@ -84,10 +84,9 @@ class PackedRun:
         final = number + 1 == c.depth
         if h is None:
             h = torch.zeros_like(self.H)
-        w, last, self.H, steps = F.halt(
+        w, last, self.H, self.steps = F.halt(
             h, self.H, self.layout, accumulator=c.halting or "depth", eps=c.eps, final=final
         )
-        self.following = TokenLayout.from_active_steps(steps, self.layout.T)
         if c.halting is not None or final:  # otherwise all weights are zero until the last block
             used = last.to(w.dtype) if c.readout == "last" else w
             self.features = self.features + self._read(used, self.sizes if c.merging else None)
@@ -103,14 +102,16 @@ class PackedRun:
 
     def advance(self, plan: MergePlan | None) -> None:
         """Go on to the next block: the tokens that go on, merged by ``plan`` if one is given."""
-        to, sizes = self.following, self.sizes
+        sizes = self.sizes
+        steps = self.steps if plan is None else self.steps.masked_fill(plan.merged, 0)
+        to = self.layout.following(steps)
         if plan is not None:
-            to = to.without(plan.merged)
             self.sizes = merged_sizes(sizes, plan)
             self.source = plan.target.gather(1, self.source)
             self.H = ops.merge_tokens("auto", self.layout, to, self.H, plan, sizes, SCORE_BITS)
             self._merge(to, plan, sizes)
-        elif to.num_rows != self.layout.num_rows:  # cells are nested: as many are the same
+        # Cells are nested: as many are the same.
+        elif to.padded or to.num_rows != self.layout.num_rows:
             rows = to.rows_in(self.layout)
             self.H = ops.take_rows("auto", self.H, rows)
             self._take(rows)
@@ -139,6 +140,16 @@ class PackedRun:
         self.x = ops.merge_tokens("auto", self.layout, to, self.x, plan, sizes)
 
 
+class PaddedRun(PackedRun):
+    """A packed pass in buffers for every cell, which never asks the device how many are active.
+
+    So the host runs ahead, and a GPU's work can be captured in a CUDA graph. For inference without
+    a trace, on Triton's kernels: they take the runs of the layout and leave the other rows alone.
+    """
+
+    padded = True
+
+
 class MaskedRun(PackedRun):
     """A pass in which every cell is computed; after each neuron the halted ones are zeroed.
 
@@ -165,3 +176,6 @@ class MaskedRun(PackedRun):
 
     def _merge(self, to: TokenLayout, plan: MergePlan, sizes: Tensor) -> None:
         self.x = ops.merge_tokens("auto", None, None, self.x, plan, sizes)
+
+
+RUNS: dict[str, type[PackedRun]] = {"packed": PackedRun, "masked": MaskedRun, "padded": PaddedRun}

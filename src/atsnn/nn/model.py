@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import (
+    BackendError,
     InvalidType,
     InvalidValue,
     check_choice,
     check_finite,
     shape_of,
 )
+from ..ops import resolve_backend
 from ..reference import readout
 from .blocks import MLP, Context, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
 from .config import SpikformerConfig, model_config
-from .execution import EXECUTIONS, MaskedRun, PackedRun
+from .execution import RUNS, MaskedRun, PackedRun, PaddedRun
 from .halting import Halting
 from .merging import TokenMerge
 from .sequential import run_sequential
@@ -52,8 +54,9 @@ class ATSpikformer(nn.Module):
     Notes
     -----
     ``execution`` says how halted cells are treated: ``"packed"`` (the default) computes the rows
-    of active cells only, ``"masked"`` every cell, and zeroes the halted ones. The numbers are the
-    same.
+    of active cells only, ``"masked"`` every cell, and zeroes the halted ones; ``"padded"`` is
+    packed in buffers of a fixed size, so that a GPU need not be waited for (inference, on Triton's
+    kernels). The numbers are the same.
     """
 
     def __init__(self, config: SpikformerConfig) -> None:
@@ -102,12 +105,19 @@ class ATSpikformer(nn.Module):
 
     @property
     def execution(self) -> str:
-        """``"packed"``: halted cells do not exist; ``"masked"``: they are computed and zeroed."""
+        """``"packed"``: halted cells do not exist; ``"masked"``: they are computed and zeroed;
+        ``"padded"``: packed in buffers of a fixed size."""
         return self._execution
 
     @execution.setter
     def execution(self, value: str) -> None:
-        check_choice("ATSpikformer", "execution", value, EXECUTIONS)
+        op = "ATSpikformer"
+        check_choice(op, "execution", value, RUNS)
+        if value == "padded" and self.config.halting == "sequential":
+            raise InvalidValue(
+                f"{op}: execution='padded' runs all timesteps of a block at once, "
+                "got halting='sequential'"
+            )
         self._execution = value
 
     def without_halting(self) -> ATSpikformer:
@@ -189,8 +199,10 @@ class ATSpikformer(nn.Module):
         c = self.config
         T, B, N, _ = x.shape
         # Where nothing halts or merges there is nothing to leave out.
-        packs = self._execution == "packed" and c.adaptive
-        run = (PackedRun if packs else MaskedRun)(c, x, return_trace)
+        kind = RUNS[self._execution] if c.adaptive else MaskedRun
+        if kind is PaddedRun:
+            self._check_padded(x, return_trace)
+        run = kind(c, x, return_trace)
         for number, block in enumerate(self.block):
             keys = None
             if run.layout.num_rows:
@@ -200,7 +212,7 @@ class ATSpikformer(nn.Module):
                 plan = None
                 if len(self.merge) and keys is not None:
                     counts = run.firing_counts(keys)
-                    plan = self.merge[number].plan(counts, run.following.active_steps)
+                    plan = self.merge[number].plan(counts, run.steps)
                 run.advance(plan)
         logits = self.head(readout(run.features, max(T * N, 1)))
         if run.kept is None:
@@ -212,6 +224,19 @@ class ATSpikformer(nn.Module):
             torch.stack(kept.weights), run.sizes, torch.stack(kept.sizes), run.source,
             {} if rates is None else rates.rates(),
         )  # fmt: skip
+
+    def _check_padded(self, x: Tensor, return_trace: bool) -> None:
+        op = "ATSpikformer"
+        if self.training or return_trace:
+            raise InvalidValue(
+                f"{op}: execution='padded' is for inference without a trace, got "
+                f"{'a model in training' if self.training else 'return_trace=True'}"
+            )
+        if resolve_backend(op, "auto", x.device) is not torch.ops.atsnn_triton:
+            raise BackendError(
+                f"{op}: execution='padded' needs Triton's kernels, got tokens on {x.device} "
+                "without backend 'triton'"
+            )
 
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
         """Scores ``[R]`` of the active cells after block ``number``."""
