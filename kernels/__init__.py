@@ -11,6 +11,7 @@ if __name__ != "atsnn.kernels":
     )
 
 from .attention import spiking_attention, spiking_attention_backward
+from .halting import halt, halt_backward
 from .layout import layout_cells, moved_rows, token_layout
 from .linear import pack_spikes, spike_linear_lif, unpack_spikes
 from .matching import firing_counts, match_tokens
@@ -21,11 +22,17 @@ from .merging import (
     unmerge_tokens_backward,
 )
 from .neuron import neuron, neuron_backward, neuron_spikes
+from .readout import readout, readout_backward
+from .scores import halting_scores, halting_scores_backward
 from .spike_driven import spike_driven_attention, spike_driven_attention_backward
 from .taking import take_rows, take_rows_backward
 
 __all__ = [
     "firing_counts",
+    "halt",
+    "halt_backward",
+    "halting_scores",
+    "halting_scores_backward",
     "layout_cells",
     "match_tokens",
     "merge_tokens",
@@ -35,6 +42,8 @@ __all__ = [
     "neuron_backward",
     "neuron_spikes",
     "pack_spikes",
+    "readout",
+    "readout_backward",
     "spike_driven_attention",
     "spike_driven_attention_backward",
     "spike_linear_lif",
