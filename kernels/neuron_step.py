@@ -42,10 +42,7 @@ def charge(
     drive = v - REST
     if DECAY_INPUT:
         drive = x - drive
-    if KIND == "plif":
-        drive = drive * factor
-    else:
-        drive = divide(drive, TAU, EXACT_INVERSE)
+    drive = drive * factor if KIND == "plif" else divide(drive, TAU, EXACT_INVERSE)
     if DECAY_INPUT:
         return v + drive
     return v - drive + x
@@ -62,26 +59,29 @@ def reset(u, fired, V_THRESHOLD: tl.constexpr, REST: tl.constexpr, HARD: tl.cons
 @triton.jit
 def surrogate_derivative(z, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
     """``sigma'(z)`` at ``z = u - v_threshold``."""
+    # One chain and one return: the compiler reads on after a return in a branch it takes.
     if SURROGATE == "sigmoid":
         s = 1.0 / (1.0 + tl.exp(-ALPHA * z))
-        return ALPHA * s * (1.0 - s)
-    if SURROGATE == "atan":
+        slope = ALPHA * s * (1.0 - s)
+    elif SURROGATE == "atan":
         a = PI_HALF * ALPHA * z
-        return (ALPHA / 2) / (1.0 + a * a)
-    if SURROGATE == "piecewise_quadratic":
+        slope = (ALPHA / 2) / (1.0 + a * a)
+    elif SURROGATE == "piecewise_quadratic":
         size = tl.abs(z)
-        return tl.where(size > 1 / ALPHA, 0.0, ALPHA - ALPHA * ALPHA * size)
-    if SURROGATE == "piecewise_exp":
-        return (ALPHA / 2) * tl.exp(-ALPHA * tl.abs(z))
-    if SURROGATE == "soft_sign":
+        slope = tl.where(size > 1 / ALPHA, 0.0, ALPHA - ALPHA * ALPHA * size)
+    elif SURROGATE == "piecewise_exp":
+        slope = (ALPHA / 2) * tl.exp(-ALPHA * tl.abs(z))
+    elif SURROGATE == "soft_sign":
         a = 1 / ALPHA + tl.abs(z)
-        return 1.0 / (2 * ALPHA * (a * a))
-    if SURROGATE == "super_spike":
+        slope = 1.0 / (2 * ALPHA * (a * a))
+    elif SURROGATE == "super_spike":
         a = tl.abs(z) + 1.0
-        return ALPHA / (a * a)
-    tl.static_assert(SURROGATE == "erf")
-    a = ALPHA * z
-    return (ALPHA / SQRT_PI) * tl.exp(-(a * a))
+        slope = ALPHA / (a * a)
+    else:
+        tl.static_assert(SURROGATE == "erf")
+        a = ALPHA * z
+        slope = (ALPHA / SQRT_PI) * tl.exp(-(a * a))
+    return slope
 
 
 @triton.jit
@@ -112,10 +112,7 @@ def step_back(
     if KIND == "plif":
         leak = grad_u * factor
         drive = v - REST
-        if DECAY_INPUT:
-            drive = x - drive
-        else:
-            drive = -drive
+        drive = x - drive if DECAY_INPUT else -drive
         grad_factor = grad_u * drive
     else:
         leak = grad_u * (1.0 / TAU)
