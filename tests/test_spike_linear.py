@@ -215,17 +215,17 @@ def test_layer_trains_and_packs_again_after_a_change():
     made = layer().train()
     x = (torch.rand(4, 8, 20) < 0.3).float()
     made(x).sum().backward()
-    assert made.linear.weight.grad is not None and made._packed is None
+    assert made.linear.weight.grad is not None and made._folded._packed is None
     made.eval()
     with torch.no_grad():
         made.reset()
         before = made(x)
-        first = made._packed
+        first = made._folded._packed
         made.reset()
-        assert torch.equal(made(x), before) and made._packed is first
+        assert torch.equal(made(x), before) and made._folded._packed is first
         made.bn.bias.add_(3.0)
         made.reset()
-        assert made(x).sum() > before.sum() and made._packed is not first
+        assert made(x).sum() > before.sum() and made._folded._packed is not first
         made.linear.weight.data = torch.zeros_like(made.linear.weight)
         made.reset()
         assert not torch.equal(made(x), before)

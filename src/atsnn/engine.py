@@ -27,11 +27,11 @@ from .cost import Cost, Parts, cost_of_trace
 from .functional.linear import MOST_INPUTS, MOST_TIMESTEPS
 from .nn.blocks import MLP, SpikeDrivenSelfAttention, SpikformerBlock, SpikingSelfAttention
 from .nn.config import SpikformerConfig
+from .nn.folding import fold
 from .nn.halting import Halting
 from .nn.merging import TokenMerge
 from .nn.model import ATSpikformer, Head, check_images
 from .nn.neurons import IF, LIF, PLIF
-from .nn.spike_linear import fold
 from .nn.stem import SpikingPatchSplitting
 from .nn.trace import Trace
 from .ops.library import native, native_missing

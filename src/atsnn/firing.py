@@ -117,7 +117,7 @@ def _adjust(bn: Any, neuron: Neuron, x: Tensor, shown: int, rate: float, pool: s
 
 def _adjust_attention(attention: Any, tokens: Tensor, rate: float) -> None:
     """Set the threshold of the neurons behind the attention, whose input is what it is."""
-    q, k, v = (attention._spikes(name, tokens, Context()) for name in "qkv")
+    q, k, v = (Context().layer(attention, name, tokens) for name in "qkv")
     neuron = attention.attn_lif
 
     def fires(threshold: float) -> float:

@@ -7,7 +7,7 @@ active cells alone, ``[R, C]`` ("packed").
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from .. import functional as F
 from ..checks import InvalidValue, check_integer, check_shape, check_tensor
 from ..layout import TokenLayout
 from ..reference import batch_norm_rows, masked_batch_norm
+from .folding import Folded
 from .neurons import LIF, Neuron
 
 Record = Callable[[str, Tensor, TokenLayout | None], None]
@@ -28,14 +29,17 @@ class Context:
     ----------
     layout : TokenLayout, optional
         The active cells; ``None``: all.
-    packed : bool
-        Whether tokens are the rows of ``layout`` alone.
     sizes : Tensor, optional
         ``[B, N]``, how many original tokens each token stands for.
     state : dict, optional
         Membranes by layer name, read and replaced; ``None``: every layer starts at rest.
     record : callable, optional
         Called with the name, the spikes and the layout of every spiking layer.
+    packed : bool
+        Whether tokens are the rows of ``layout`` alone.
+    fused : bool
+        Whether a linear layer, its BatchNorm and its neuron run as one operation (inference,
+        without state or record).
     """
 
     layout: TokenLayout | None = None
@@ -44,6 +48,7 @@ class Context:
     record: Record | None = None
     name: str = field(default="")
     packed: bool = False
+    fused: bool = False
 
     def path(self, name: str) -> str:
         """The full name of the layer ``name`` inside this one."""
@@ -51,9 +56,7 @@ class Context:
 
     def at(self, name: str) -> Context:
         """The same context inside the layer ``name``."""
-        return Context(
-            self.layout, self.sizes, self.state, self.record, self.path(name), self.packed
-        )
+        return replace(self, name=self.path(name))
 
     @property
     def rows(self) -> TokenLayout | None:
@@ -80,6 +83,14 @@ class Context:
         if self.record is not None:
             self.record(full, spikes, self.layout)
         return spikes
+
+    def layer(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
+        """``module``'s linear layer, BatchNorm and neuron of this name on ``x``."""
+        linear, bn, neuron = (getattr(module, f"{name}_{part}") for part in ("linear", "bn", "lif"))
+        if self.fused:
+            folded = module.__dict__.setdefault("_folded", {}).setdefault(name, Folded())
+            return neuron.run_linear(x, folded.packed(linear, bn), layout=self.rows)[0]
+        return self.fire(f"{name}_lif", neuron, self.norm(bn, linear(x)))
 
     def note(self, name: str, x: Tensor) -> None:
         """Record what goes into a layer: the integers of the residual stream, or pooled spikes."""
@@ -122,18 +133,13 @@ class _Attention(nn.Module):
             setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
             setattr(self, f"{name}_lif", _lif(tau, surrogate, alpha))
 
-    def _spikes(self, name: str, x: Tensor, context: Context) -> Tensor:
-        y = getattr(self, f"{name}_linear")(x)
-        y = context.norm(getattr(self, f"{name}_bn"), y)
-        return context.fire(f"{name}_lif", getattr(self, f"{name}_lif"), y)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         raise NotImplementedError
 
     def forward_with_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Output spikes and key spikes, both shaped as ``x``."""
-        q, k, v = (self._spikes(name, x, context) for name in ("q", "k", "v"))
-        return self._spikes("proj", self.attend(q, k, v, context), context), k
+        q, k, v = (context.layer(self, name, x) for name in ("q", "k", "v"))
+        return context.layer(self, "proj", self.attend(q, k, v, context)), k
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [T, B, N, C]`` to spikes ``[T, B, N, C]``."""
@@ -247,8 +253,7 @@ class MLP(nn.Module):
         if context is None:
             _check_tokens("MLP", x, self.dim)
             context = Context()
-        x = context.fire("fc1_lif", self.fc1_lif, context.norm(self.fc1_bn, self.fc1_linear(x)))
-        return context.fire("fc2_lif", self.fc2_lif, context.norm(self.fc2_bn, self.fc2_linear(x)))
+        return context.layer(self, "fc2", context.layer(self, "fc1", x))
 
 
 class SpikformerBlock(nn.Module):

@@ -73,7 +73,8 @@ class PackedRun:
         sizes = self.sizes if c.merging and c.merge_sizes else None
         # Where nothing can halt or merge the masked form is plain Spikformer.
         layout = self.layout if c.adaptive else None
-        return Context(layout, sizes, None, record, f"block.{number}", self.packed)
+        name = f"block.{number}"
+        return Context(layout, sizes, None, record, name, self.packed, fused=self.padded)
 
     def finish_block(self, number: int, h: Tensor | None) -> None:
         """Halt and read out after block ``number``.
@@ -145,6 +146,8 @@ class PaddedRun(PackedRun):
 
     So the host runs ahead, and a GPU's work can be captured in a CUDA graph. For inference without
     a trace, on Triton's kernels: they take the runs of the layout and leave the other rows alone.
+    Linear layers run with their BatchNorm and neuron as one kernel, for a matrix product would go
+    over every row.
     """
 
     padded = True

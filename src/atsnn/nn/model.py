@@ -136,6 +136,12 @@ class ATSpikformer(nn.Module):
 
         return save_pretrained(self, folder)
 
+    def train(self, mode: bool = True) -> ATSpikformer:
+        """Set the mode; weights that were folded for inference are made again."""
+        for module in self.modules():
+            module.__dict__.pop("_folded", None)
+        return super().train(mode)
+
     # -- forward ----------------------------------------------------------------------------------
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,20 @@ class Neuron(nn.Module):
             detach_reset=self.detach_reset, surrogate=self.surrogate, alpha=self.alpha,
             layout=layout, **self._settings(),
         )  # fmt: skip
+
+    def run_linear(
+        self,
+        x: Tensor,
+        packed: F.PackedLinear,
+        v: Tensor | None = None,
+        layout: TokenLayout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`run` of a linear map of spikes ``x``, as one operation for inference."""
+        found = F.spike_linear_lif(
+            x, packed, v=v, kind=self.kind, v_threshold=self.v_threshold, v_reset=self.v_reset,
+            layout=layout, return_state=True, **self._settings(),
+        )  # fmt: skip
+        return cast(tuple[Tensor, Tensor], found)
 
     def forward(self, x: Tensor) -> Tensor:
         single = self.step_mode == "s"

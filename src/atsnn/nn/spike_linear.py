@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .. import functional as F
 from ..checks import InvalidType, InvalidValue, check_integer, check_tensor, shape_of
+from ..ops import kernels_serve
+from .folding import Folded
 from .neurons import IF, LIF, PLIF, Neuron
-
-
-def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
-    """Weight ``[outputs, inputs]`` and bias of a layer with its BatchNorm, float64.
-
-    ``W' = s W`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``; without a
-    BatchNorm (``None``) those of the layer. The inputs of a convolution are in the order
-    ``(ky, kx, channel)``.
-    """
-    weight = layer.weight.detach().double()
-    if weight.dim() == 4:
-        weight = weight.permute(0, 2, 3, 1).flatten(1)
-    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
-    if bn is None:
-        return weight, bias
-    scale = (bn.running_var.double() + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = scale * bn.weight.detach().double()
-    bias = (bias - bn.running_mean.double()) * scale
-    if bn.bias is not None:
-        bias = bias + bn.bias.detach().double()
-    return weight * scale[:, None], bias
 
 
 class SpikeLinear(nn.Module):
     """``Linear -> BatchNorm -> neuron``; in inference only the weights of what fired are added.
 
-    Where no gradient is needed, in evaluation mode, on float32 CPU tensors, the three run as one
-    event-driven kernel (:func:`atsnn.functional.spike_linear_lif`) on weights that are folded and
-    packed once; otherwise as the three modules they are. So call it under ``torch.no_grad()``:
-    where a parameter requires a gradient the modules run, which is some ten times slower. A change
-    of a parameter or statistic is seen, but one through ``.data`` or NumPy only after ``train()``
-    or ``eval()``. Inputs must be finite, which is not checked.
+    Where no gradient is needed, in evaluation mode, on float32 tensors that there are kernels for,
+    the three run as one kernel (:func:`atsnn.functional.spike_linear_lif`) on weights that are
+    folded and packed once; otherwise as the three modules they are. So call it under
+    ``torch.no_grad()``: where a parameter requires a gradient the modules run, which on a CPU is
+    some ten times slower. A change of a parameter or statistic is seen, but one through ``.data``
+    or NumPy only after ``train()`` or ``eval()``. Inputs must be finite, which is not checked.
 
     Parameters
     ----------
@@ -104,7 +81,7 @@ class SpikeLinear(nn.Module):
         if neuron.step_mode != "m":
             raise InvalidValue(f"{op}: neuron must have step_mode='m', got {neuron.step_mode!r}")
         self.linear, self.bn, self.neuron = linear, bn, neuron
-        self._packed: tuple[tuple[Any, ...], F.PackedLinear] | None = None
+        self._folded = Folded()
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes ``[T, ..., in_features]`` to spikes ``[T, ..., out_features]``."""
@@ -119,19 +96,14 @@ class SpikeLinear(nn.Module):
             if self.bn is not None:
                 y = self.bn(y.flatten(0, -2)).view(y.shape)
             return self.neuron(y)
-        settings = self.neuron._settings()
         v, wanted = self.neuron.v, (*x.shape[1:-1], self.linear.out_features)
         if v is not None and tuple(v.shape) != wanted:
             raise InvalidValue(
                 f"{op}: x must fit the membrane kept from the last call, of shape "
                 f"{shape_of(v)}, or reset() be called before; got x of shape {shape_of(x)}"
             )
-        found = F.spike_linear_lif(
-            x, self._weights(), v=self.neuron.v, kind=self.neuron.kind,
-            v_threshold=self.neuron.v_threshold, v_reset=self.neuron.v_reset, return_state=True,
-            **settings,
-        )  # fmt: skip
-        spikes, self.neuron.v = found
+        weights = self._folded.packed(self.linear, self.bn)
+        spikes, self.neuron.v = self.neuron.run_linear(x, weights, v)
         return spikes
 
     def reset(self) -> None:
@@ -140,7 +112,7 @@ class SpikeLinear(nn.Module):
 
     def train(self, mode: bool = True) -> SpikeLinear:
         """Set the mode; the packed weights are made again."""
-        self._packed = None
+        self._folded.forget()
         return super().train(mode)
 
     def _event_driven(self, x: Tensor) -> bool:
@@ -150,23 +122,7 @@ class SpikeLinear(nn.Module):
         )
         return (
             not self.training and not needs_gradient and not torch.compiler.is_compiling()
-            and x.device.type == weight.device.type == "cpu"
+            and x.device == weight.device and kernels_serve(x.device)
             and x.dtype == weight.dtype == torch.float32
             and (self.bn is None or (self.bn.running_mean is not None and not self.bn.training))
         )  # fmt: skip
-
-    def _weights(self) -> F.PackedLinear:
-        """Folded and packed, again only after a parameter or a statistic changed."""
-        tensors = [*self.linear.parameters(), *(() if self.bn is None else self.bn.parameters())]
-        tensors += [] if self.bn is None else list(self.bn.buffers())
-        key = (
-            *((t.data_ptr(), t._version) for t in tensors),
-            None if self.bn is None else self.bn.eps,
-        )
-        if self._packed is None or self._packed[0] != key:
-            weight, bias = (t.to(torch.float32) for t in fold(self.linear, self.bn))
-            self._packed = key, F.pack_linear(weight, bias)
-        return self._packed[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # made again where it is needed

@@ -2,7 +2,14 @@
 
 from . import layout
 from .attention import spike_driven_attention, spiking_attention
-from .backends import BACKENDS, available_backends, native_level, resolve_backend, use_backend
+from .backends import (
+    BACKENDS,
+    available_backends,
+    kernels_serve,
+    native_level,
+    resolve_backend,
+    use_backend,
+)
 from .halting import halt, halting_scores, readout
 from .linear import pack_linear, pack_spikes, spike_linear_lif, unpack_spikes
 from .merging import firing_counts, match_tokens, merge_tokens, take_rows, unmerge_tokens
@@ -14,6 +21,7 @@ __all__ = [
     "firing_counts",
     "halt",
     "halting_scores",
+    "kernels_serve",
     "layout",
     "match_tokens",
     "merge_tokens",

@@ -46,6 +46,15 @@ def use_backend(backend: str) -> Iterator[None]:
         _chosen = before
 
 
+def kernels_serve(device: torch.device) -> bool:
+    """Whether calls that name no backend are served by kernels, not by the reference, there."""
+    if _chosen == "reference":
+        return False
+    if _chosen == "triton" or device.type == "cuda":
+        return triton_refusal(device) is None
+    return device.type == "cpu" and native is not None
+
+
 _warned: set[str] = set()
 
 
