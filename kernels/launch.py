@@ -27,6 +27,11 @@ def channel_block(C: int, most: int) -> int:
     return next((size for size in sizes if covered[size] * 8 <= C * 9), min(sizes, key=covered.get))
 
 
+def program_elements(x: Tensor) -> int:
+    """Elements a program moves, so that its threads move 128 bits each on every target."""
+    return 4096 // x.element_size()
+
+
 def row_block(N: int, elements: int, channels: int) -> int:
     """Rows beside that many channels, for about ``elements`` a program."""
     return max(1, min(triton.next_power_of_2(max(N, 1)), elements // channels))

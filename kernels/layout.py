@@ -12,7 +12,7 @@ from ..layout import MOST_TIMESTEPS
 from .ranking import BLOCK, before, clamp, elements
 from .rows import Runs, run_of, token_at
 
-RUNS = 256  # runs whose ends a program counts
+RUNS = 128  # runs whose ends a program counts
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -21,7 +21,7 @@ def tokens_kernel(active_steps, token, T, N, BLOCK_K: tl.constexpr):
     _, base, k = elements(N, BLOCK_K)
     steps = active_steps + base
     n = clamp(tl.load(steps + k, mask=k < N, other=0), 0, T)
-    rank = before(steps, n, k[:, None], N, 0, T, True, BLOCK_K)
+    rank = before(steps, n, k[:, None], N, 0, T, True)
     tl.store(token + base + rank, k.to(tl.int64), mask=k < N)
 
 
@@ -149,7 +149,7 @@ def runs_of_result(op: str, token: Tensor, offsets: Tensor, rows: int | None) ->
     """The runs of a result that has so many rows, or, which waits for the device, all it needs."""
     runs = Runs.of_layout(op, token, offsets, 0)
     if rows is None:
-        rows = int(runs.offsets[-1])
+        rows = int(offsets[-1])
     most = runs.T * runs.B * runs.N
     if not 0 <= rows <= most:
         raise InvalidValue(f"{op}: rows must lie in 0 .. {most} for this layout, got {rows}")
@@ -162,18 +162,19 @@ def check_same_cells(op: str, runs: Runs, to: Runs) -> None:
         raise InvalidValue(
             f"{op}: both layouts must have (T, B, N) = {runs[:3]}, got {to[:3]}"
         )  # fmt: skip
-    if runs.packed:
+    if runs.token is not None and to.token is not None:
         check_device(op, "the second layout's token", to.token, "the first's", runs.token)
 
 
 def layout_cells(token: Tensor, offsets: Tensor, rows: int | None = None) -> Tensor:
     """The operator: ``[R]``, where each row lies among the flattened cells; -1 past the end."""
     runs = runs_of_result("layout_cells", token, offsets, rows)
-    T, B, N, rows, token, offsets = runs
-    cells = torch.full((rows,), -1, dtype=torch.int64, device=token.device)
-    if rows:
-        grid = (T * B * triton.cdiv(N, BLOCK),)
-        cells_kernel[grid](token, offsets, cells, T, B, N, rows, BLOCK_R=BLOCK)
+    T, B, N = runs[:3]
+    cells = torch.full((runs.rows,), -1, dtype=torch.int64, device=token.device)
+    if runs.rows:
+        cells_kernel[(T * B * triton.cdiv(N, BLOCK),)](
+            runs.token, runs.offsets, cells, T, B, N, runs.rows, BLOCK_R=BLOCK
+        )
     return cells
 
 
@@ -189,7 +190,7 @@ def moved_rows(
     to = runs_of_result(op, to_token, to_offsets, rows)
     check_same_cells(op, runs, to)
     T, B, N = runs[:3]
-    moved = torch.full((to.rows,), -1, dtype=torch.int64, device=to.token.device)
+    moved = torch.full((to.rows,), -1, dtype=torch.int64, device=to_token.device)
     if to.rows:
         moved_kernel[(T * B * triton.cdiv(N, BLOCK),)](
             token_ranks(runs.token), runs.offsets, to.token, to.offsets, moved,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_shape
 from .attention import base_of, product
-from .launch import EXACT, channel_block, row_block
+from .launch import EXACT, channel_block, program_elements, row_block
 from .neuron import block_of
 from .ranking import BLOCK, before, clamp, elements
 from .rows import Runs, both_or_neither, run_of, token_at
@@ -62,8 +62,8 @@ def sets_kernel(
     steps = active_steps + base
     lifetime = clamp(tl.load(steps + k, mask=k < N, other=0), 0, LONGEST)
     # How many of the same lifetime are at lower indices: those before it less the shorter ones.
-    place = before(steps, lifetime, k[:, None], N, 0, LONGEST, False, BLOCK_K)
-    place -= before(steps, lifetime, 0, N, 0, LONGEST, False, BLOCK_K)
+    place = before(steps, lifetime, k[:, None], N, 0, LONGEST, False)
+    place -= before(steps, lifetime, 0, N, 0, LONGEST, False)
     which = tl.where(lifetime > 0, lifetime * 2 + place % 2, -1)
     tl.store(sets + base + k, which, mask=k < N)
     total = tl.zeros((BLOCK_K,), tl.float64)
@@ -120,7 +120,7 @@ def pairs_kernel(
     held = tl.load(partner + base + k, mask=k < N, other=-1)
     value = tl.load(similarity + base + k, mask=k < N, other=-1.0)
     if LIMIT is None:
-        place = before(similarity + base, value, k[:, None], N, -1.0, 2.0, True, BLOCK_K)
+        place = before(similarity + base, value, k[:, None], N, -1.0, 2.0, True)
         chosen = place < r
     else:
         chosen = value > LIMIT
@@ -143,8 +143,8 @@ def firing_counts(keys: Tensor, token: Tensor | None, offsets: Tensor | None) ->
     C = keys.shape[-1]
     out = keys.new_empty((B, N, C), dtype=torch.float32)
     if out.numel():
-        channels = channel_block(C, 1024)
-        ranks = row_block(N, 1024, channels)
+        channels = channel_block(C, program_elements(keys))
+        ranks = row_block(N, program_elements(keys), channels)
         counts_kernel[(B * triton.cdiv(N, ranks) * triton.cdiv(C, channels),)](
             keys, *strides, out, token, offsets, T, B, N, rows, C,
             STEPS=STEPS, BLOCK_N=ranks, BLOCK_C=channels,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_shape
 from .attention import base_of
-from .launch import EXACT, arithmetic, channel_block, row_block
+from .launch import EXACT, arithmetic, channel_block, program_elements, row_block
 from .layout import check_same_cells, place_in, runs_of_result, token_ranks
 from .neuron import block_of
 from .ranking import BLOCK, before, clamp, elements
@@ -31,10 +31,10 @@ def members_kernel(target, first, member, N, BLOCK_K: tl.constexpr):
     base -= b  # of N elements
     targets = target + base
     tl.store(
-        first + base + b + k, before(targets, k, 0, N, -1, N, False, BLOCK_K), mask=k <= N
+        first + base + b + k, before(targets, k, 0, N, -1, N, False), mask=k <= N
     )  # fmt: skip
     held = clamp(tl.load(targets + k, mask=k < N, other=-1), -1, N)
-    place = before(targets, held, k[:, None], N, -1, N, False, BLOCK_K)
+    place = before(targets, held, k[:, None], N, -1, N, False)
     tl.store(member + base + place, k, mask=k < N)
 
 
@@ -158,7 +158,9 @@ class _Plan(NamedTuple):
         if packed != both_or_neither(op, to_token, to_offsets):
             raise InvalidValue(f"{op}: both or neither of the layouts must be given, got one")
         runs = Runs.of(op, x, token, offsets)
-        to = runs_of_result(op, to_token, to_offsets, rows) if packed else runs
+        to = runs
+        if to_token is not None and to_offsets is not None:
+            to = runs_of_result(op, to_token, to_offsets, rows)
         check_same_cells(op, runs, to)
         B, N = runs.B, runs.N
         for name, value in (("the plan's target", target), ("sizes", sizes)):
@@ -185,8 +187,8 @@ class _Plan(NamedTuple):
     def launch(self, kernel: Any, out: Tensor, *plan: Tensor | None, **settings: Any) -> Tensor:
         """``out`` with its rows made by a kernel that is given the plan."""
         runs, to, C = self.runs, self.to, self.C
-        channels = channel_block(C, 1024)
-        ranks = row_block(runs.N, 1024, channels)
+        channels = channel_block(C, program_elements(out))
+        ranks = row_block(runs.N, program_elements(out), channels)
         kernel[(runs.T * runs.B * triton.cdiv(runs.N, ranks) * triton.cdiv(C, channels),)](
             self.x, *self.strides, token_ranks(runs.token), runs.offsets, out, to.token,
             to.offsets, self.sizes, *plan, *runs[:3], runs.rows, to.rows, C, **settings,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = 64  # elements of a program, and of a step through those they are compared with
+BLOCK = 64  # elements of a program
+STEP = tl.constexpr(32)  # of those they are compared with, at a time
 
 
 @triton.jit
@@ -17,14 +18,14 @@ def clamp(x, low, high):
 
 
 @triton.jit
-def before(keys, key, index, N, low, high, DESCENDING: tl.constexpr, BLOCK_J: tl.constexpr):
+def before(keys, key, index, N, low, high, DESCENDING: tl.constexpr):
     """How many of ``keys [N]``, clamped to ``low .. high``, come before ``key`` at ``index``.
 
     Of equal keys the one at the lower index comes first.
     """
     found = tl.zeros(key.shape, tl.int32)
-    for start in range(0, N, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
+    for start in range(0, N, STEP):
+        j = start + tl.arange(0, STEP)
         other = clamp(tl.load(keys + j, mask=j < N, other=0), low, high)[None, :]
         earlier = other > key[:, None] if DESCENDING else other < key[:, None]
         earlier |= (other == key[:, None]) & (j[None, :] < index)

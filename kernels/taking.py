@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_shape, shape_of
-from .launch import EXACT, arithmetic, channel_block, planes, row_block
+from .launch import EXACT, arithmetic, channel_block, planes, program_elements, row_block
 
 
 @triton.jit
@@ -67,8 +67,8 @@ def _blocks(x: Tensor, rows: int) -> tuple[tuple[int], tuple[Any, ...], int, int
     """Grid, ``x`` and its strides, planes, channels and blocks for a result of so many rows."""
     shape = x.shape[1:] if x.dim() > 1 else (1,)
     P, C, (view,) = planes(shape, [x if x.dim() > 1 else x[:, None]])
-    channels = channel_block(C, 1024)
-    block = row_block(rows * P, 1024, channels)
+    channels = channel_block(C, program_elements(x))
+    block = row_block(rows * P, program_elements(x), channels)
     grid = (triton.cdiv(rows * P, block) * triton.cdiv(C, channels),)
     return grid, (view, *view.stride()), P, C, dict(BLOCK_I=block, BLOCK_C=channels)
 
