@@ -28,7 +28,7 @@ def row_weights(
     return size, weight * size
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
+@triton.jit(do_not_specialize=["w_t", "w_b", "T", "B", "N", "rows"])
 def forward_kernel(
     x, x_t, x_b, x_r, x_c, w, w_t, w_b, w_r, partial, sizes, token, offsets, T, B, N, rows, C,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -45,7 +45,7 @@ def forward_kernel(
     tl.store(partial + part * C + c, total, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
+@triton.jit(do_not_specialize=["w_t", "w_b", "T", "B", "N", "rows"])
 def backward_kernel(
     grad, g_b, g_c, x, x_t, x_b, x_r, x_c, w, w_t, w_b, w_r, grad_x, grad_w, sizes, token, offsets,
     T, B, N, rows, C, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
