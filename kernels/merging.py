@@ -22,6 +22,7 @@ from .neuron import block_of
 from .ranking import BLOCK, before, clamp, elements
 from .rounding import round_to
 from .rows import Runs, both_or_neither, run_of, token_at
+from .taking import sum_of, with_entry
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -106,14 +107,13 @@ def sum_kernel(
         value = read_rows(x, x_t, x_b, x_r, x_c, rank, offsets, t, b, k, c, T, B, N, rows, C, ACC)
         if sizes is not None:
             value *= tl.where(members == 1, 1.0, size_of(sizes, b, k, N))[:, None]
-        # A row alone is copied, zeros with their sign.
-        found = tl.where(i == 0, value, found + value)
-    alone = (members == 1)[:, None]
-    several = found + 0.0
+        found = with_entry(found, value, i, members)
+    found = sum_of(found, members)
     if sizes is not None:
         total = total_size(sizes, member, b, begin, members, N)
-        several = round_to(several / total[:, None], GRID)
-    write_rows(out, to_start, r, count, c, C, tl.where(alone, found, several), ACC)
+        mean = round_to(found / total[:, None], GRID)
+        found = tl.where((members == 1)[:, None], found, mean)
+    write_rows(out, to_start, r, count, c, C, found, ACC)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -215,71 +215,6 @@ def _held(plan: _Plan, x: Tensor) -> Tensor:
     return out
 
 
-def merge_rows(
-    x: Tensor,
-    target: Tensor,
-    sizes: Tensor,
-    token: Tensor | None,
-    offsets: Tensor | None,
-    to_token: Tensor | None,
-    to_offsets: Tensor | None,
-    bits: int,
-    rows: int | None,
-) -> Tensor:
-    """``merge_tokens`` into a result of so many rows, of which those past the layout are not set.
-
-    Without a number of them it is read from the offsets, which waits for the device.
-    """
-    op = "merge_tokens"
-    if not 0 <= bits <= 52:
-        raise InvalidValue(f"{op}: bits must lie in 0 .. 52, got {bits}")
-    layouts = (token, offsets, to_token, to_offsets)
-    return _sums(_Plan.of(op, x, target, sizes, *layouts, rows), x, bits)
-
-
-def merge_rows_backward(
-    grad: Tensor,
-    target: Tensor,
-    sizes: Tensor,
-    token: Tensor | None,
-    offsets: Tensor | None,
-    to_token: Tensor | None,
-    to_offsets: Tensor | None,
-    rows: int | None,
-) -> Tensor:
-    """Its gradient, of as many rows as ``x`` had."""
-    layouts = (to_token, to_offsets, token, offsets)
-    return _held(_Plan.of("merge_tokens_backward", grad, target, sizes, *layouts, rows), grad)
-
-
-def unmerge_rows(
-    y: Tensor,
-    target: Tensor,
-    token: Tensor | None,
-    offsets: Tensor | None,
-    to_token: Tensor | None,
-    to_offsets: Tensor | None,
-    rows: int | None,
-) -> Tensor:
-    """``unmerge_tokens`` into a result of so many rows, as :func:`merge_rows`."""
-    layouts = (token, offsets, to_token, to_offsets)
-    return _held(_Plan.of("unmerge_tokens", y, target, None, *layouts, rows), y)
-
-
-def unmerge_rows_backward(
-    grad: Tensor,
-    target: Tensor,
-    token: Tensor | None,
-    offsets: Tensor | None,
-    to_token: Tensor | None,
-    to_offsets: Tensor | None,
-    rows: int | None,
-) -> Tensor:
-    """Its gradient, of as many rows as ``y`` had."""
-    layouts = (to_token, to_offsets, token, offsets)
-    return _sums(_Plan.of("unmerge_tokens_backward", grad, target, None, *layouts, rows), grad, 0)
-
-
 def merge_tokens(
     x: Tensor,
     target: Tensor,
@@ -289,9 +224,18 @@ def merge_tokens(
     to_token: Tensor | None,
     to_offsets: Tensor | None,
     bits: int,
+    rows: int | None = None,
 ) -> Tensor:
-    """The operator; see :func:`atsnn.functional.merge_tokens`."""
-    return merge_rows(x, target, sizes, token, offsets, to_token, to_offsets, bits, None)
+    """The operator; see :func:`atsnn.functional.merge_tokens`.
+
+    ``rows`` is how many the result has, of which those past the layout are not set; without it
+    the number is read from the offsets, which waits for the device.
+    """
+    op = "merge_tokens"
+    if not 0 <= bits <= 52:
+        raise InvalidValue(f"{op}: bits must lie in 0 .. 52, got {bits}")
+    layouts = (token, offsets, to_token, to_offsets)
+    return _sums(_Plan.of(op, x, target, sizes, *layouts, rows), x, bits)
 
 
 def merge_tokens_backward(
@@ -302,9 +246,11 @@ def merge_tokens_backward(
     offsets: Tensor | None,
     to_token: Tensor | None,
     to_offsets: Tensor | None,
+    rows: int | None = None,
 ) -> Tensor:
-    """Its gradient for ``x``."""
-    return merge_rows_backward(grad, target, sizes, token, offsets, to_token, to_offsets, None)
+    """Its gradient, of as many rows as ``x`` had."""
+    layouts = (to_token, to_offsets, token, offsets)
+    return _held(_Plan.of("merge_tokens_backward", grad, target, sizes, *layouts, rows), grad)
 
 
 def unmerge_tokens(
@@ -314,9 +260,11 @@ def unmerge_tokens(
     offsets: Tensor | None,
     to_token: Tensor | None,
     to_offsets: Tensor | None,
+    rows: int | None = None,
 ) -> Tensor:
-    """The operator; see :func:`atsnn.functional.unmerge_tokens`."""
-    return unmerge_rows(y, target, token, offsets, to_token, to_offsets, None)
+    """The operator; see :func:`atsnn.functional.unmerge_tokens`. ``rows``: :func:`merge_tokens`."""
+    layouts = (token, offsets, to_token, to_offsets)
+    return _held(_Plan.of("unmerge_tokens", y, target, None, *layouts, rows), y)
 
 
 def unmerge_tokens_backward(
@@ -326,6 +274,8 @@ def unmerge_tokens_backward(
     offsets: Tensor | None,
     to_token: Tensor | None,
     to_offsets: Tensor | None,
+    rows: int | None = None,
 ) -> Tensor:
-    """Its gradient for ``y``."""
-    return unmerge_rows_backward(grad, target, token, offsets, to_token, to_offsets, None)
+    """Its gradient, of as many rows as ``y`` had."""
+    layouts = (to_token, to_offsets, token, offsets)
+    return _sums(_Plan.of("unmerge_tokens_backward", grad, target, None, *layouts, rows), grad, 0)

@@ -115,6 +115,9 @@ def operator_arguments(
         pool["token"], pool["offsets"] = layout.token, layout.offsets  # never left out
         pool["to_token"], pool["to_offsets"] = fewer.token, fewer.offsets
         pool["rows"] = None if bare else T * B * N
+    elif "merge" in name:
+        of = after if name in ("merge_tokens", "unmerge_tokens_backward") else layout
+        pool["rows"] = None if bare or not packed else of.num_rows
     if name.startswith("neuron"):
         pool["v"] = numbers.normal((B, N, C)).to(arithmetic)
         pool["grad_v"] = numbers.normal((B, N, C)).to(arithmetic)

@@ -94,8 +94,8 @@ def test_operators_refuse_layouts_that_are_none(name, prefix, damage):
     # The layout of an unmerge's rows is that after the merge, which merged nothing here.
     if "target" in arguments:
         arguments["target"] = torch.arange(3).repeat(2, 1)
-        whole = dict(token=SMALL.token, offsets=SMALL.offsets)
-        arguments |= whole | {f"to_{key}": value for key, value in whole.items()}
+        whole = dict(token=SMALL.token, offsets=SMALL.offsets, rows=None)
+        arguments |= whole | {f"to_{key}": whole[key] for key in ("token", "offsets")}
         for key in ("y", "grad"):
             if key in arguments:
                 arguments[key] = torch.zeros(SMALL.num_rows, 4)
@@ -227,6 +227,7 @@ MISTAKES = [
     # Token 2 of image 0 is never active: it cannot be in the rows of token 0.
     (PLANS, changed(target=tensor([[0, 1, 0], [0, 1, 2]])), V,
      "token 2 of image 0 must be active for the 2 timesteps of the token that holds it, 0, got 0"),
+    (PLANS, changed(rows=99), V, r"rows must be \d+ for this layout, got 99"),
     (MERGE[:1], changed(bits=-1), V, "bits must lie in 0 .. 52, got -1"),
     (MERGE[:1], changed(bits=4096), V, "bits must lie in 0 .. 52, got 4096"),
     (SCORES, changed(score="last"), V, "unknown score 'last'"),
@@ -270,7 +271,7 @@ def test_operators_refuse_what_does_not_fit(name, change, error, message):
         # Of layouts that merged nothing, so that what is wrong is the plan alone.
         arguments |= dict(
             token=SMALL.token, offsets=SMALL.offsets, to_token=SMALL.token,
-            to_offsets=SMALL.offsets,
+            to_offsets=SMALL.offsets, rows=arguments["rows"] if arguments["rows"] == 99 else None,
         )  # fmt: skip
         arguments["y" if "y" in arguments else "grad"] = torch.zeros(8, 4)
     with pytest.raises(error, match=message):

@@ -188,8 +188,13 @@ struct HeldMerge {
   }
 };
 
-// The shape of `like` with the rows of a layout; dense shapes stay.
-std::vector<int64_t> shape_with_rows(const Tensor& like, bool packed, int64_t rows) {
+using Rows = std::optional<int64_t>;
+
+// The shape of `like` with the rows of a layout, which are what the caller says; dense shapes stay.
+std::vector<int64_t> shape_with_rows(const char* op, const Tensor& like, bool packed, int64_t rows,
+                                     Rows wanted) {
+  TORCH_CHECK_VALUE(!packed || wanted.value_or(rows) == rows, op, ": rows must be ", rows,
+                    " for this layout, got ", *wanted);
   auto shape = like.sizes().vec();
   if (packed) shape[0] = rows;
   return shape;
@@ -197,14 +202,14 @@ std::vector<int64_t> shape_with_rows(const Tensor& like, bool packed, int64_t ro
 
 Tensor merge_tokens(const Tensor& x, const Tensor& target, const Tensor& sizes,
                     const OptionalTensor& token, const OptionalTensor& offsets,
-                    const OptionalTensor& to_token, const OptionalTensor& to_offsets,
-                    int64_t bits) {
+                    const OptionalTensor& to_token, const OptionalTensor& to_offsets, int64_t bits,
+                    Rows wanted) {
   const char* op = "merge_tokens";
   const HeldMerge merge(op, HeldLayout::of(op, x, token, offsets), target, sizes, to_token,
                         to_offsets);
   TORCH_CHECK_VALUE(bits >= 0 && bits <= 52, op, ": bits must lie in 0 .. 52, got ", bits);
   const int64_t rows = merge.to.view.rows();
-  Tensor out = new_empty(x, shape_with_rows(x, token.has_value(), rows));
+  Tensor out = new_empty(x, shape_with_rows(op, x, token.has_value(), rows, wanted));
   const int64_t N = merge.from.view.N;
   std::vector<int64_t> first(rows + 1), source(merge.from.view.rows()), scratch(2 * N + 1);
   std::vector<double> weight(source.size());
@@ -216,7 +221,8 @@ Tensor merge_tokens(const Tensor& x, const Tensor& target, const Tensor& sizes,
 
 Tensor merge_tokens_backward(const Tensor& grad, const Tensor& target, const Tensor& sizes,
                              const OptionalTensor& token, const OptionalTensor& offsets,
-                             const OptionalTensor& to_token, const OptionalTensor& to_offsets) {
+                             const OptionalTensor& to_token, const OptionalTensor& to_offsets,
+                             Rows wanted) {
   const char* op = "merge_tokens_backward";
   TORCH_CHECK_VALUE(token.has_value() == to_token.has_value(), op,
                     ": both or neither of the layouts must be given");
@@ -226,7 +232,7 @@ Tensor merge_tokens_backward(const Tensor& grad, const Tensor& target, const Ten
       token ? HeldLayout(op, token, offsets) : HeldLayout::of(op, grad, token, offsets);
   const HeldMerge merge(op, std::move(from), target, sizes, to_token, to_offsets);
   const int64_t rows = merge.from.view.rows();
-  Tensor out = new_empty(grad, shape_with_rows(grad, token.has_value(), rows));
+  Tensor out = new_empty(grad, shape_with_rows(op, grad, token.has_value(), rows, wanted));
   const int64_t B = merge.from.view.B, N = merge.from.view.N;
   std::vector<int64_t> row(rows), rank(B * N);
   std::vector<double> share(rows), total(2 * N);
@@ -247,7 +253,7 @@ std::vector<int64_t> held_rows(const HeldMerge& merge) {
 
 Tensor unmerge_tokens(const Tensor& y, const Tensor& target, const OptionalTensor& token,
                       const OptionalTensor& offsets, const OptionalTensor& to_token,
-                      const OptionalTensor& to_offsets) {
+                      const OptionalTensor& to_offsets, Rows wanted) {
   const char* op = "unmerge_tokens";
   TORCH_CHECK_VALUE(token.has_value() == to_token.has_value(), op,
                     ": both or neither of the layouts must be given");
@@ -256,14 +262,15 @@ Tensor unmerge_tokens(const Tensor& y, const Tensor& target, const OptionalTenso
       token ? HeldLayout(op, to_token, to_offsets) : HeldLayout::of(op, y, token, offsets);
   const HeldMerge merge(op, std::move(original), target, std::nullopt, token, offsets);
   const auto row = held_rows(merge);
-  Tensor out = new_empty(y, shape_with_rows(y, token.has_value(), row.size()));
+  Tensor out = new_empty(y, shape_with_rows(op, y, token.has_value(), row.size(), wanted));
   gather(op, Channels(y, lead_dims(token)), row.data(), nullptr, out, row.size());
   return out;
 }
 
 Tensor unmerge_tokens_backward(const Tensor& grad, const Tensor& target,
                                const OptionalTensor& token, const OptionalTensor& offsets,
-                               const OptionalTensor& to_token, const OptionalTensor& to_offsets) {
+                               const OptionalTensor& to_token, const OptionalTensor& to_offsets,
+                               Rows wanted) {
   const char* op = "unmerge_tokens_backward";
   HeldLayout original = HeldLayout::of(op, grad, to_token, to_offsets);
   const HeldMerge merge(op, std::move(original), target, std::nullopt, token, offsets);
@@ -271,7 +278,7 @@ Tensor unmerge_tokens_backward(const Tensor& grad, const Tensor& target,
   const int64_t rows = merge.to.view.rows();
   std::vector<int64_t> first(rows + 1), source(index.size());
   group_by_row(index.data(), index.size(), rows, first.data(), source.data());
-  Tensor out = new_empty(grad, shape_with_rows(grad, token.has_value(), rows));
+  Tensor out = new_empty(grad, shape_with_rows(op, grad, token.has_value(), rows, wanted));
   combine(op, Channels(grad, lead_dims(token)), first.data(), source.data(), nullptr, 0, out, rows);
   return out;
 }

@@ -65,10 +65,10 @@ take_rows(Tensor x, Tensor index) -> Tensor
 take_rows_backward(Tensor grad, Tensor index, SymInt rows) -> Tensor
 firing_counts(Tensor keys, Tensor? token, Tensor? offsets) -> Tensor
 match_tokens(Tensor counts, Tensor active_steps, int? r, float? threshold) -> Tensor
-merge_tokens(Tensor x, {MERGE}, int bits) -> Tensor
-merge_tokens_backward(Tensor grad, {MERGE}) -> Tensor
-unmerge_tokens(Tensor y, {UNMERGE}) -> Tensor
-unmerge_tokens_backward(Tensor grad, {UNMERGE}) -> Tensor
+merge_tokens(Tensor x, {MERGE}, int bits, SymInt? rows=None) -> Tensor
+merge_tokens_backward(Tensor grad, {MERGE}, SymInt? rows=None) -> Tensor
+unmerge_tokens(Tensor y, {UNMERGE}, SymInt? rows=None) -> Tensor
+unmerge_tokens_backward(Tensor grad, {UNMERGE}, SymInt? rows=None) -> Tensor
 halting_scores(Tensor x, Tensor weight, Tensor bias, str score) -> Tensor
 halting_scores_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, str score) \
 -> (Tensor, Tensor, Tensor)

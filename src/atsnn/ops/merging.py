@@ -129,13 +129,13 @@ def _merge(x, target, sizes, layout, to, bits):
 
 
 @composite("merge_tokens")
-def _merge_composite(x, target, sizes, token, offsets, to_token, to_offsets, bits):
+def _merge_composite(x, target, sizes, token, offsets, to_token, to_offsets, bits, rows=None):
     layout, to = layout_of(token, offsets), layout_of(to_token, to_offsets)
     return _merge(x, target, sizes, layout, to, bits).contiguous()
 
 
 @composite("merge_tokens_backward")
-def _merge_backward(grad, target, sizes, token, offsets, to_token, to_offsets):
+def _merge_backward(grad, target, sizes, token, offsets, to_token, to_offsets, rows=None):
     layout, to = layout_of(token, offsets), layout_of(to_token, to_offsets)
     # The merge is linear (its rounding passes gradients through), so any input will do.
     shape = grad.shape if layout is None else (layout.num_rows, *grad.shape[1:])
@@ -145,30 +145,32 @@ def _merge_backward(grad, target, sizes, token, offsets, to_token, to_offsets):
     return grad_x
 
 
-def _rows_of(like, offsets):
+def _rows_of(like, offsets, rows):
     """``like`` with as many rows as offsets say: in their values, so unknown to a fake."""
     if offsets is None:
         return like.new_empty(like.shape)
-    return like.new_empty((torch.library.get_ctx().new_dynamic_size(), *like.shape[1:]))
+    rows = torch.library.get_ctx().new_dynamic_size() if rows is None else rows
+    return like.new_empty((rows, *like.shape[1:]))
 
 
 @fake("merge_tokens")
-def _merge_fake(x, target, sizes, token, offsets, to_token, to_offsets, bits):
-    return _rows_of(x, to_offsets)
+def _merge_fake(x, target, sizes, token, offsets, to_token, to_offsets, bits, rows=None):
+    return _rows_of(x, to_offsets, rows)
 
 
 @fake("merge_tokens_backward")
-def _merge_backward_fake(grad, target, sizes, token, offsets, to_token, to_offsets):
-    return _rows_of(grad, offsets)
+def _merge_backward_fake(grad, target, sizes, token, offsets, to_token, to_offsets, rows=None):
+    return _rows_of(grad, offsets, rows)
 
 
 def _merge_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:7])
+    ctx.rows = None if inputs[3] is None else inputs[0].shape[0]
 
 
 def _merge_gradient(operators, ctx, grad):
-    grad_x = operators.merge_tokens_backward(grad, *ctx.saved_tensors)
-    return (grad_x, *(None,) * 7)
+    grad_x = operators.merge_tokens_backward(grad, *ctx.saved_tensors, ctx.rows)
+    return (grad_x, *(None,) * 8)
 
 
 autograd("merge_tokens", _merge_gradient, _merge_setup)
@@ -187,7 +189,8 @@ def merge_tokens(
     operators = resolve_backend("merge_tokens", backend, x.device)
     if operators is None:
         return _merge(x, plan.target, sizes, layout, to, bits)
-    return operators.merge_tokens(x, plan.target, sizes, *parts(layout), *parts(to), bits)
+    rows = None if to is None else to.num_rows
+    return operators.merge_tokens(x, plan.target, sizes, *parts(layout), *parts(to), bits, rows)
 
 
 # -- unmerging ------------------------------------------------------------------------------------
@@ -198,13 +201,13 @@ def _unmerge(y, target, layout, to):
 
 
 @composite("unmerge_tokens")
-def _unmerge_composite(y, target, token, offsets, to_token, to_offsets):
+def _unmerge_composite(y, target, token, offsets, to_token, to_offsets, rows=None):
     layout, to = layout_of(token, offsets), layout_of(to_token, to_offsets)
     return _unmerge(y, target, layout, to).contiguous()
 
 
 @composite("unmerge_tokens_backward")
-def _unmerge_backward(grad, target, token, offsets, to_token, to_offsets):
+def _unmerge_backward(grad, target, token, offsets, to_token, to_offsets, rows=None):
     layout, to = layout_of(token, offsets), layout_of(to_token, to_offsets)
     shape = grad.shape if layout is None else (layout.num_rows, *grad.shape[1:])
     (grad_y,) = reference_gradients(
@@ -214,22 +217,23 @@ def _unmerge_backward(grad, target, token, offsets, to_token, to_offsets):
 
 
 @fake("unmerge_tokens")
-def _unmerge_fake(y, target, token, offsets, to_token, to_offsets):
-    return _rows_of(y, to_offsets)
+def _unmerge_fake(y, target, token, offsets, to_token, to_offsets, rows=None):
+    return _rows_of(y, to_offsets, rows)
 
 
 @fake("unmerge_tokens_backward")
-def _unmerge_backward_fake(grad, target, token, offsets, to_token, to_offsets):
-    return _rows_of(grad, offsets)
+def _unmerge_backward_fake(grad, target, token, offsets, to_token, to_offsets, rows=None):
+    return _rows_of(grad, offsets, rows)
 
 
 def _unmerge_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.rows = None if inputs[2] is None else inputs[0].shape[0]
 
 
 def _unmerge_gradient(operators, ctx, grad):
-    grad_y = operators.unmerge_tokens_backward(grad, *ctx.saved_tensors)
-    return (grad_y, *(None,) * 5)
+    grad_y = operators.unmerge_tokens_backward(grad, *ctx.saved_tensors, ctx.rows)
+    return (grad_y, *(None,) * 6)
 
 
 autograd("unmerge_tokens", _unmerge_gradient, _unmerge_setup)
@@ -242,4 +246,5 @@ def unmerge_tokens(
     operators = resolve_backend("unmerge_tokens", backend, y.device)
     if operators is None:
         return _unmerge(y, plan.target, layout, to)
-    return operators.unmerge_tokens(y, plan.target, *parts(layout), *parts(to))
+    rows = None if to is None else to.num_rows
+    return operators.unmerge_tokens(y, plan.target, *parts(layout), *parts(to), rows)
