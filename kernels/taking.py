@@ -35,6 +35,21 @@ def take_kernel(
     tl.store(out + i[:, None] * C + c, value, mask=inside[:, None] & channel)
 
 
+@triton.jit
+def with_entry(total, value, i, entries):
+    """``total`` with the ``i``-th value, where there are so many.
+
+    One alone is copied, a zero with its sign; :func:`sum_of` finishes the others.
+    """
+    return tl.where((i < entries)[:, None], tl.where(i == 0, value, total + value), total)
+
+
+@triton.jit
+def sum_of(total, entries):
+    """A sum of several, which begins at +0."""
+    return tl.where((entries == 1)[:, None], total, total + 0.0)
+
+
 @triton.jit(do_not_specialize=["items"])
 def take_backward_kernel(
     grad, g_r, g_p, g_c, first, source, out, items, P, C,
@@ -49,8 +64,8 @@ def take_backward_kernel(
         came_from = tl.load(source + begin + entry, mask=here, other=0)
         at = grad + (came_from * g_r + plane * g_p)[:, None] + c * g_c
         value = tl.load(at, mask=here[:, None] & channel, other=0.0)
-        total += value.to(ACC).to(tl.float64)
-    value = total.to(ACC).to(out.dtype.element_ty)
+        total = with_entry(total, value.to(ACC).to(tl.float64), entry, entries)
+    value = sum_of(total, entries).to(ACC).to(out.dtype.element_ty)
     tl.store(out + i[:, None] * C + c, value, mask=inside[:, None] & channel)
 
 
