@@ -227,8 +227,6 @@ class _Call:
         offsets: Tensor | None, grad_spikes: Tensor | None = None, columns: bool = False,
     ) -> None:  # fmt: skip
         check_dtype(op, "x", x)
-        if grad_spikes is not None:
-            check_like(op, "grad_spikes", grad_spikes, "x", x)
         packed = both_or_neither(op, token, offsets)
         if packed:
             self.runs = Runs.of(op, x, token, offsets)
@@ -238,6 +236,8 @@ class _Call:
             if x.dim() < 1:
                 raise InvalidValue(f"{op}: x must have shape (T, ...), got a 0-d tensor")
             self.state = tuple(x.shape[1:])
+        if grad_spikes is not None:
+            check_like(op, "grad_spikes", grad_spikes, "x", x)
         self.dtype = arithmetic_dtype(x.dtype)
         self.states = {name: v for name, v in states.items() if v is not None}
         for name, v in self.states.items():

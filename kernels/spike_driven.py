@@ -1,7 +1,7 @@
 """Spike-driven self-attention ``q * LIF(sum_n k * v)`` over the runs of rows.
 
-Three launches: sums over the tokens of each run, the neuron of :mod:`.neuron` on them, and a gate on
-the rows. The sums, one row a run, are all that is written between them.
+Three launches: sums over the tokens of each run, the neuron of :mod:`.neuron` on them, and a gate
+on the rows. The sums, one row a run, are all that is written between them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..reference import arithmetic_dtype
 from .attention import Tokens, base_of, read_block, weighted, write_block
 from .launch import EXACT, channel_block, row_block
 from .neuron import neuron, neuron_backward
+from .neuron_step import surrogate_settings
 from .rows import run_of
 
 
@@ -145,6 +146,7 @@ def spike_driven_attention(
     op = "spike_driven_attention"
     tokens = Tokens(op, {"q": q, "k": k, "v": v}, sizes, token, offsets)
     _check_state(op, "state", state, tokens, q)
+    surrogate_settings(op, surrogate, alpha, True)
     sums = _token_sums(tokens, k, v, tokens.sizes)
     gates, final = neuron(
         sums, state, None, None, None, "lif", tau, v_threshold, 0.0, True, True, surrogate, alpha
@@ -179,6 +181,7 @@ def spike_driven_attention_backward(
     tokens = Tokens(op, given, sizes, token, offsets)
     _check_state(op, "state", state, tokens, q)
     _check_state(op, "grad_state", grad_state, tokens, q)
+    surrogate_settings(op, surrogate, alpha, True)
     lif = ("lif", tau, v_threshold, 0.0, True, True, surrogate, alpha)
     sums = _token_sums(tokens, k, v, tokens.sizes)
     gates, _ = neuron(sums, state, None, None, None, *lif)

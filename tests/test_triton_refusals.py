@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import OPERATORS, SMALL, flat, operator_arguments, signature
 from interpreter import RUNS, guard  # noqa: F401
-from test_refusals import CALLS, DAMAGE, LEFT_OUT, PREFIXES, ROWS, tensor
+from test_refusals import BIG, CALLS, DAMAGE, LEFT_OUT, PREFIXES, ROWS, tensor
 
 from atsnn.ops.library import WITHOUT_KERNEL
 
@@ -32,19 +32,30 @@ def call(name, arguments):
 
 
 def native_words(message):
-    """A message of the launchers as the native kernels would say it."""
+    """A message of the launchers as the native kernels would say it, with sizes or with names."""
     message = re.sub(r"torch\.(\w+)", lambda m: TYPES.get(m[1], m[1]), message)
     message = re.sub(r"must be one of (\w+), got", lambda m: f"must be {TYPES[m[1]]}, got", message)
-    message = re.sub(r"\(([^()]*)\)", r"[\1]", message)
+    message = re.sub(r"must have the dtype of \w+, ", "must be ", message)
     message = re.sub(r"must have the shape of \w+, ", "must have shape ", message)
-    return re.sub(r"\[[\w, ]*\] = \[", "[", message)
+    message = re.sub(r"must be a number >= 0 and <= (\d+)", r"must lie in 0 .. \1", message)
+    message = re.sub(r"must lie in 0 .. (\d+) for this", r"must be \1 for this", message)
+    message = re.sub(r"must have \(T, B, N\) = \((.*)\), got \((.*)\)",
+                     r"must have the same T, B, N, got \1 and \2", message)  # fmt: skip
+    message = re.sub(r"\(([^()]*)\)", r"[\1]", message)
+    return [re.sub(r"(\[[\w, ]*\]) = (\[[\d, ]*\])", part, message) for part in (r"\1", r"\2")]
+
+
+def result_offsets(name):
+    """Which offsets are those of the result's rows."""
+    return "to_offsets" if name in ("moved_rows", "merge_tokens", "unmerge_tokens") else "offsets"
 
 
 def assert_refused(name, arguments, error, message):
-    with pytest.raises(error) as refusal:
+    with pytest.raises(error, match="got|unknown|needs|exactly") as refusal:
         call(name, arguments)
-    assert re.search(message, native_words(str(refusal.value))), str(refusal.value)
-    assert name.removesuffix("_backward") in str(refusal.value)
+    said = str(refusal.value)
+    assert said.startswith(f"{name.removesuffix('_backward')}"), said
+    assert any(re.search(message, words) for words in native_words(said)), said
 
 
 def unmerged(arguments):
@@ -88,6 +99,17 @@ def test_whatever_a_layout_says_nothing_outside_is_touched(guard, name, prefix, 
     arguments, _ = damaged(name, prefix, damage)
     call(name, arguments)
     assert guard.launches
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "rows" in signature(n) and "token" in
+                                  signature(n)])  # fmt: skip
+@pytest.mark.parametrize("end", [-1, 13, BIG])
+def test_rows_that_are_asked_for_must_fit(name, end):
+    """Of all values, only the number of rows of a result is ever looked at."""
+    arguments = operator_arguments(name) | {"rows": None}
+    key = result_offsets(name)
+    arguments[key] = torch.cat([arguments[key][:-1], tensor([end])])
+    assert_refused(name, arguments, ValueError, rf"rows must be 12 for this layout, got {end}")
 
 
 @pytest.mark.parametrize(("name", "prefix"), LEFT_OUT)
@@ -140,6 +162,8 @@ def test_what_does_not_fit(name, change, error, message):
     arguments = change(operator_arguments(name))
     if name.startswith("unmerge"):
         arguments = unmerged(arguments)
+    if "both layouts" in message:
+        arguments["rows"] = None  # which would be too many for the layout it is given, too
     if re.search(VALUES, message) and not re.search("^(bits|T) must", message):
         call(name, arguments)
     else:
@@ -155,9 +179,9 @@ def test_what_does_not_fit(name, change, error, message):
 def test_launchers_do_not_look_at_values(monkeypatch, name, bare, layout):
     """They run on tensors that have none."""
     arguments = operator_arguments(name, layout, bare=bare)
-    ends = arguments.get("to_offsets", arguments.get("offsets"))
-    if arguments.get("rows", 0) is None and ends is not None:
-        arguments["rows"] = int(ends[-1])  # what is not given has to be asked for
+    key = result_offsets(name)
+    if arguments.get("rows", 0) is None and arguments[key] is not None:
+        arguments["rows"] = int(arguments[key][-1])  # what is not given has to be asked for
     arguments = {
         key: x.to("meta") if isinstance(x, torch.Tensor) else x for key, x in arguments.items()
     }
