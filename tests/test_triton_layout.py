@@ -13,9 +13,6 @@ from atsnn import TokenLayout, reference
 from atsnn.cases import Numbers, plan_of, ragged, sizes_of
 from atsnn.checks import InvalidType, InvalidValue
 
-if RUNS:
-    from atsnn.kernels import merging
-
 pytestmark = [
     pytest.mark.skipif(not RUNS, reason="Triton cannot run here"),
     pytest.mark.usefixtures("guard"),
@@ -195,18 +192,18 @@ def test_buffers_of_a_capacity():
     spare = [torch.cat([z, torch.full((most - len(z), 4), torch.nan)]) for z in (x, y)]
     assert torch.equal(ours.firing_counts(spare[0], *old), native.firing_counts(x, *old))
     for got, want in (
-        (merging.merge_tokens(spare[0], target, sizes, *old, *new, 8, most), y),
-        (merging.merge_tokens_backward(spare[1], target, sizes, *old, *new, most),
+        (ours.merge_tokens(spare[0], target, sizes, *old, *new, 8, most), y),
+        (ours.merge_tokens_backward(spare[1], target, sizes, *old, *new, most),
          native.merge_tokens_backward(y, target, sizes, *old, *new)),
-        (merging.unmerge_tokens(spare[1], target, *new, *old, most),
+        (ours.unmerge_tokens(spare[1], target, *new, *old, most),
          native.unmerge_tokens(y, target, *new, *old)),
-        (merging.unmerge_tokens_backward(spare[0], target, *new, *old, most),
+        (ours.unmerge_tokens_backward(spare[0], target, *new, *old, most),
          native.unmerge_tokens_backward(x, target, *new, *old)),
     ):  # fmt: skip
         assert got.shape == (most, 4) and torch.equal(got[: len(want)], want)
         assert got[len(want) :].isnan().all()
     with pytest.raises(InvalidValue, match=r"rows must lie in 0 .. 42 for this layout, got 43"):
-        merging.merge_tokens(x, target, sizes, *old, *new, 8, most + 1)
+        ours.merge_tokens(x, target, sizes, *old, *new, 8, most + 1)
     assert R > S
 
 
