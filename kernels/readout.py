@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_device, check_dtype, check_shape
 from .attention import Tokens, base_of, read_block, weighted, write_block
-from .launch import EXACT, channel_block, row_block
+from .launch import EXACT, channel_block, program_elements, row_block
 from .spike_driven import rows_of_run
 
 
@@ -122,7 +122,7 @@ def readout_backward(
     check_dtype(op, "grad", grad, (torch.float64,))
     check_device(op, "grad", grad, "x", x)
     grad_x, grad_w = x.new_empty(x.shape), w.new_empty(w.shape)
-    parts, blocks = call.blocks(1024, 128)
+    parts, blocks = call.blocks(program_elements(x), 128)
     if w.numel():
         backward_kernel[(runs.T * runs.B * parts,)](
             grad, *grad.stride(), *call.read, grad_x, grad_w, call.tokens.sizes,

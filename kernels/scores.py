@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_shape, shape_of
 from ..reference import SCORE_BITS, SCORES
-from .launch import EXACT, arithmetic, channel_block, planes, row_block
+from .launch import EXACT, arithmetic, channel_block, planes
 from .rounding import round_to
 
 SCORE_GRID = tl.constexpr(2**SCORE_BITS)
@@ -203,7 +203,7 @@ class _Scores:
         one = self.C <= WHOLE_ROW
         channels = max(16, triton.next_power_of_2(self.C)) if one else channel_block(self.C, 1024)
         elements = 2048 if self.whole or fills else 256 * channels
-        block = row_block(self.rows, elements, channels)
+        block = elements // channels
         return triton.cdiv(self.rows, block), dict(ONE_BLOCK=one, BLOCK_N=block, BLOCK_C=channels)
 
 
@@ -253,7 +253,7 @@ def halting_scores_backward(
 
 def _linear_gradient(call: _Scores, found: Tensor) -> Tensor:
     channels = channel_block(call.C, 64)
-    block = row_block(call.rows, 2048, channels)
+    block = 2048 // channels
     parts = triton.cdiv(call.rows, block)
     partial = found.new_empty((parts, call.C))
     if parts:
