@@ -24,7 +24,7 @@ LONGEST = tl.constexpr(2**62 - 1)  # lifetimes up to this are told apart
 TILE = 32  # tokens, and channels at a time, of a block of dot products
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def counts_kernel(
     x, x_t, x_b, x_r, x_c, out, token, offsets, T, B, N, rows, C,
     STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -180,7 +180,7 @@ def match_tokens(
         grid = (B * triton.cdiv(N, BLOCK),)
         sets_kernel[grid](*given, steps, sets, squares, N, C, BLOCK_K=BLOCK, BLOCK_C=TILE)
         partners_kernel[(B * triton.cdiv(N, TILE),)](
-            *given, sets, squares, partner, similarity, N, C, TILE=TILE, **EXACT
+            *given, sets, squares, partner, similarity, N, C, TILE=TILE, num_warps=8, **EXACT
         )
         pairs_kernel[grid](
             partner, similarity, target, N, min(r or 0, N), LIMIT=limit, BLOCK_K=BLOCK

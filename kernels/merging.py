@@ -90,7 +90,7 @@ def write_rows(out, start, r, count, c, C, value, ACC: tl.constexpr):
     tl.store(out + at, value.to(ACC).to(out.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows", "to_rows"])
 def sum_kernel(
     x, x_t, x_b, x_r, x_c, rank, offsets, out, to_token, to_offsets, sizes, first, member,
     T, B, N, rows, to_rows, C,
@@ -101,6 +101,8 @@ def sum_kernel(
     t, b = run // B, run % B
     to_start, count = run_of(to_offsets, t, b, T, B, N, to_rows)
     begin, members = members_of(first, b, token_at(to_token, b, r, N), N)
+    if sizes is not None:
+        total = total_size(sizes, member, b, begin, members, N)
     found = tl.zeros((BLOCK_N, BLOCK_C), tl.float64)
     for i in range(tl.max(members, 0)):
         k = member_at(member, b, begin, members, i, N)
@@ -110,13 +112,12 @@ def sum_kernel(
         found = with_entry(found, value, i, members)
     found = sum_of(found, members)
     if sizes is not None:
-        total = total_size(sizes, member, b, begin, members, N)
         mean = round_to(found / total[:, None], GRID)
         found = tl.where((members == 1)[:, None], found, mean)
     write_rows(out, to_start, r, count, c, C, found, ACC)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows", "to_rows"])
 def held_kernel(
     x, x_t, x_b, x_r, x_c, rank, offsets, out, to_token, to_offsets, sizes, first, member, target,
     T, B, N, rows, to_rows, C,
@@ -128,11 +129,13 @@ def held_kernel(
     to_start, count = run_of(to_offsets, t, b, T, B, N, to_rows)
     k = token_at(to_token, b, r, N)
     held = tl.load(target + tl.cast(b, tl.int64) * N + k, mask=k >= 0, other=-1)
-    value = read_rows(x, x_t, x_b, x_r, x_c, rank, offsets, t, b, held, c, T, B, N, rows, C, ACC)
     if sizes is not None:
         begin, members = members_of(first, b, held, N)
-        share = size_of(sizes, b, k, N) / total_size(sizes, member, b, begin, members, N)
-        value *= tl.where(members == 1, 1.0, share)[:, None]
+        part = size_of(sizes, b, k, N) / total_size(sizes, member, b, begin, members, N)
+        share = tl.where(members == 1, 1.0, part)
+    value = read_rows(x, x_t, x_b, x_r, x_c, rank, offsets, t, b, held, c, T, B, N, rows, C, ACC)
+    if sizes is not None:
+        value *= share[:, None]
     write_rows(out, to_start, r, count, c, C, value, ACC)
 
 
