@@ -2,7 +2,7 @@
 
 A program takes a block of ranks and channels of one image through all timesteps; its membranes
 stay in registers. Up to ``UNROLLED`` timesteps the loop is unrolled, so that all loads are in
-flight at once; beyond it goes by segments of that many and the kernel serves any T.
+flight at once; beyond it goes by segments and the kernel serves any T.
 
 The backward reads the input again and makes the potentials of one segment at a time in registers;
 of more segments it first keeps the potential at the beginning of each.
@@ -26,11 +26,12 @@ from ..checks import (
     check_shape,
 )
 from ..reference import arithmetic_dtype
-from .launch import EXACT, arithmetic, channel_block, planes, row_block
+from .launch import EXACT, arithmetic, channel_block, planes, program_elements, row_block
 from .neuron_step import charge, reset, step_back, step_settings, surrogate_settings
 from .rows import Runs, both_or_neither, run_of, token_at
 
 UNROLLED = 8
+SEGMENT_BACK = 4  # timesteps of a segment of the backward, which holds two numbers of each
 WORD = 64  # channels in a word of spikes as bits
 FORMS = ("float", "uint8", "bits")
 
@@ -101,7 +102,7 @@ def first_potential(v, v_b, v_n, v_c, token, b, r, c, N, C, REST: tl.constexpr, 
     return potential, cell, exists
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def forward_kernel(
     x, x_t, x_r, x_c, v, v_b, v_n, v_c, inv_tau, spikes, v_final, token, offsets,
     T, B, N, rows, C,
@@ -127,7 +128,7 @@ def forward_kernel(
     tl.store(v_final + cell, potential, mask=exists)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def backward_kernel(
     grad_spikes, gs_t, gs_r, gs_c, grad_v, gv_b, gv_n, gv_c, x, x_t, x_r, x_c, v, v_b, v_n, v_c,
     inv_tau, grad_x, grad_v_init, partial, kept, token, offsets,
@@ -256,14 +257,16 @@ class _Call:
             self.grad_spikes = None if grad_spikes is None else next(views)
             self.states = {name: next(views)[None] for name in self.states}
 
-    def blocks(self, elements: int, least: int = 1) -> tuple[int, dict[str, Any]]:
-        """Number of programs, and their blocks."""
+    def blocks(self, segment: int, least: int = 1) -> tuple[int, dict[str, Any]]:
+        """Number of programs, and their blocks; ``segment`` timesteps of more than one segment."""
+        elements, T = program_elements(self.x), self.runs.T
         channels = max(least, channel_block(self.C, elements))
         ranks = row_block(self.runs.N, elements, channels)
         per_image = triton.cdiv(self.C, channels) * triton.cdiv(self.runs.N, ranks)
         return per_image * self.runs.B, dict(
-            ACC=arithmetic(self.x.dtype), STEPS=min(self.runs.T, UNROLLED),
-            ONE_SEGMENT=self.runs.T <= UNROLLED, BLOCK_N=ranks, BLOCK_C=channels,
+            ACC=arithmetic(self.x.dtype), STEPS=T if T <= UNROLLED else segment,
+            ONE_SEGMENT=T <= UNROLLED, BLOCK_N=ranks, BLOCK_C=channels,
+            num_warps=8 if self.x.element_size() < 4 else 4,
         )  # fmt: skip
 
     def state_of(self, name: str) -> tuple[Tensor | None, int, int, int]:
@@ -334,7 +337,7 @@ def neuron_spikes(
     else:
         spikes = x.new_empty(x.shape, dtype=torch.uint8 if form == "uint8" else x.dtype)
     v_final = call.new_state()
-    programs, blocks = call.blocks(1024, WORD if bits else 1)
+    programs, blocks = call.blocks(UNROLLED, WORD if bits else 1)
     if programs:
         forward_kernel[(programs,)](
             *strided(call.x), *call.state_of("v"), factor, spikes, v_final, *call.layout,
@@ -387,7 +390,7 @@ def neuron_backward(
     settings = step_settings(op, kind, tau, v_threshold, v_reset, decay_input)
     settings |= surrogate_settings(op, surrogate, alpha, detach_reset)
     factor = _factor(op, kind, inv_tau, x)
-    programs, blocks = call.blocks(512)
+    programs, blocks = call.blocks(SEGMENT_BACK)
     grad_x = x.new_empty(x.shape)
     grad_v_init = None if v is None else call.new_state()
     partial = kept = None
