@@ -246,9 +246,9 @@ def _read_amd(compiled: Any, names: list[str], arch: int, options: dict[str, Any
 
     product = re.search(r"v_mfma_f\d+_\S+?(?:x\d+)?_?(xf32|bf16|f16|f64|f32)", text)
     loads, stores = llvm_accesses(compiled.asm["llir"], names)
-    spills = 4 * (said("vgpr_spill_count") + said("sgpr_spill_count"))
     unit = product[1].replace("xf32", "tf32") if product else "f32"
     return Code(
-        said("vgpr_count"), max(spills, said("private_segment_fixed_size")),
+        # Scalar registers that are spilled go to lanes of vector registers, not to memory.
+        said("vgpr_count"), max(4 * said("vgpr_spill_count"), said("private_segment_fixed_size")),
         said("group_segment_fixed_size"), compiled.metadata.num_warps, loads, stores, unit, text,
     )  # fmt: skip
