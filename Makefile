@@ -7,7 +7,7 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp tests/native/*.h)
 CXX_FILES := $(CSRC) $(NATIVE_TESTS)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench bench-neuron bench-attention bench-model bench-engine profile test asan fuzz lint format build docs clean
+.PHONY: help bench bench-neuron bench-attention bench-model bench-engine bench-gpu profile test asan fuzz lint format build docs clean
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-attention time spiking attention against dense matrix products"
 	@echo "make bench-model     time packed execution against dense, inference and training"
 	@echo "make bench-engine    time the event-driven engine against dense execution"
+	@echo "make bench-gpu       time the Triton kernels against SpikingJelly's and PyTorch compiled"
 	@echo "make profile  where the engine's time goes, and how far each part is from its limit"
 	@echo "make test     set up and run the tests"
 	@echo "make asan     build and run the kernels' own tests under the address and UB sanitizers"
@@ -48,6 +49,10 @@ bench: build
 bench-neuron bench-attention bench-model bench-engine: bench-%: build
 	MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=33554432 \
 	$(BIN)/python -m pytest benchmarks/bench_$*.py
+
+# On a machine without a GPU: TRITON_INTERPRET=1 make bench-gpu runs it on small shapes.
+bench-gpu: build
+	$(BIN)/python -m pytest benchmarks --device cuda
 
 # The table of benchmarks/profile_engine.py, then time by function.
 profile: build

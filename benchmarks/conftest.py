@@ -5,7 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atsnn import measure
+from atsnn import available_backends, measure
+
+GPU = "bench_gpu"  # what is measured there; every other file measures the CPU
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="cuda: time the Triton kernels (under TRITON_INTERPRET=1 run them on small shapes)",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    reason = available_backends()["triton"]
+    if config.getoption("--device") == "cuda" and reason is not True:
+        raise pytest.UsageError(f"--device cuda needs Triton: {reason}")
+
+
+def pytest_collection_modifyitems(config, items):
+    on_gpu = config.getoption("--device") == "cuda"
+    chosen = [item for item in items if (item.path.stem == GPU) == on_gpu]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
 
 # Rows by file and columns.
 TABLES: dict[tuple[str, tuple[str, ...]], list[dict[str, object]]] = {}
@@ -64,9 +87,10 @@ def pytest_terminal_summary(terminalreporter):
         return
     m = measure.machine()
     terminalreporter.section("ratios of medians, interleaved in one run")
-    terminalreporter.write_line(
-        f"{m['processor']}, {m['cores']} cores, {m['instruction_set']}, torch {m['torch']}"
-    )
+    where = f"{m['processor']}, {m['cores']} cores, {m['instruction_set']}"
+    if terminalreporter.config.getoption("--device") == "cuda":
+        where = m["gpu"] or "no GPU: run by Triton's interpreter, which says nothing about time"
+    terminalreporter.write_line(f"{where}, torch {m['torch']}")
     for (name, columns), rows in TABLES.items():
         cells = [list(columns)] + [[str(row[c]) for c in columns] for row in rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

@@ -53,6 +53,7 @@ def interleaved(
     rounds: int = 15,
     warmup: int = 3,
     least_seconds: float = 2e-3,
+    wait: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time functions in turns (A B C A B C ...), so that a noisy neighbour meets them all.
 
@@ -67,14 +68,19 @@ def interleaved(
         Rounds before, not timed.
     least_seconds : float
         A value is the mean of as many calls as take about this long.
+    wait : callable, optional
+        Called before a clock is read: ``torch.cuda.synchronize`` where work is queued for a GPU.
     """
+    wait = wait or (lambda: None)
     check_integer("interleaved", "rounds", rounds, at_least=1)
     check_integer("interleaved", "warmup", warmup, at_least=1)
     calls = {}
     for name, function in functions.items():
         for _ in range(warmup):
+            wait()
             start = time.perf_counter()
             function()
+            wait()
             once = time.perf_counter() - start
         calls[name] = max(1, round(least_seconds / max(once, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -82,9 +88,11 @@ def interleaved(
         for name, function in functions.items():
             # Untimed: the caches and the allocator are as the other function left them.
             function()
+            wait()
             start = time.perf_counter()
             for _ in range(calls[name]):
                 function()
+            wait()
             seconds[name].append((time.perf_counter() - start) / calls[name])
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
@@ -134,4 +142,5 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "atsnn": metadata.version("atsnn"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
