@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_like, check_shape
 from .launch import arithmetic
+from .rounding import to_storage
 from .rows import Runs, both_or_neither, run_of, token_at
 
 PANEL = 64
@@ -50,7 +51,7 @@ def read_block(x, base, r, n, c, end, x_r, x_c, ACC: tl.constexpr):
 def write_block(out, start, r, n, c, end, C, value):
     """Rows and channels of an output, whose rows follow each other."""
     at, here = block_at(start * C, r, n, c, end, C, 1)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
+    tl.store(out + at, to_storage(value, out.dtype.element_ty), mask=here)
 
 
 @triton.jit

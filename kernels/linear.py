@@ -42,6 +42,23 @@ def word_bits(words, lanes):
 
 
 @triton.jit
+def add_product(total, x, w, BITS: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + x @ w``. A bit is one piece of bfloat16, a weight three, smallest first."""
+    if BITS and PRECISION != "ieee":
+        spikes = x.to(tl.bfloat16)
+        high = w.to(tl.bfloat16)
+        rest = w - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        total = tl.dot(spikes, low, total)
+        total = tl.dot(spikes, middle, total)
+        total = tl.dot(spikes, high, total)
+    else:
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def pack_kernel(x, x_r, x_c, words, rows, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -84,7 +101,7 @@ def linear_kernel(
     c = panel * PANEL + lanes
     r = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    potential, cell, exists = first_potential(
+    potential, _, _ = first_potential(
         v, v_b, v_n, v_c, token, b, r, c, N, outputs, REST, tl.float32
     )  # fmt: skip
     start_sum = tl.load(bias + c)[None, :] + tl.zeros(potential.shape, tl.float32)
@@ -102,7 +119,7 @@ def linear_kernel(
         for k0 in range(0, inputs, BLOCK_K):
             if BITS:
                 word = tl.load(spikes + at + (k0 // 64) * s_k, mask=row_here, other=0)
-                x = word_bits(word, k)
+                x = word_bits(word, k0 % 64 + k)
             else:
                 here = row_here & (k0 + k < K)[None, :]
                 x = tl.load(spikes + at + (k0 + k)[None, :] * s_k, mask=here, other=0.0)
@@ -110,13 +127,17 @@ def linear_kernel(
                 panel_at + (k0 + k)[:, None] * PANEL + lanes[None, :],
                 mask=(k0 + k)[:, None] < K, other=0.0,
             )  # fmt: skip
-            u = tl.dot(x, w, u, input_precision=PRECISION)
+            u = add_product(u, x, w, BITS, PRECISION)
         u = charge(potential, u, inv_tau, KIND, TAU, EXACT_INVERSE, REST, DECAY_INPUT)
         fired = u >= V_THRESHOLD
         here = row_here & (c[None, :] < outputs)
         write_spikes(out, (start + r)[:, None], c, outputs, here, fired, FORM)
         potential = tl.where(here, reset(u, fired, V_THRESHOLD, REST, HARD), potential)
     if v_final is not None:
+        # Found again: addresses of 64 bits would take the registers of the products.
+        _, cell, exists = first_potential(
+            None, 0, 0, 0, token, b, r, c, N, outputs, REST, tl.float32
+        )  # fmt: skip
         tl.store(v_final + cell, potential, mask=exists)
 
 
@@ -220,7 +241,7 @@ def spike_linear_lif(
             x, *x.stride(), weight.contiguous(), bias.contiguous(), *strided(v), inv_tau or 0.0,
             out, final, runs.token, runs.offsets, runs.T, runs.B, runs.N, runs.rows, K, outputs,
             **settings, BITS=bits, FORM="bits" if bits else "float", PRECISION=PRECISION,
-            BLOCK_N=block, BLOCK_K=WORD if bits else 32, num_warps=8 if block == 128 else 4,
+            BLOCK_N=block, BLOCK_K=32, num_warps=8 if block == 128 else 4,
             **EXACT,
         )  # fmt: skip
     return out, weight.new_empty(0) if final is None else final

@@ -20,7 +20,7 @@ from .launch import EXACT, arithmetic, channel_block, program_elements, row_bloc
 from .layout import check_same_cells, place_in, runs_of_result, token_ranks
 from .neuron import block_of
 from .ranking import BLOCK, before, clamp, elements
-from .rounding import round_to
+from .rounding import round_to, to_storage
 from .rows import Runs, both_or_neither, run_of, token_at
 from .taking import sum_of, with_entry
 
@@ -87,7 +87,7 @@ def read_rows(
 def write_rows(out, start, r, count, c, C, value, ACC: tl.constexpr):
     at = (start + r)[:, None] * C + tl.cast(c, tl.int64)[None, :]
     here = (r[:, None] < count) & (c[None, :] < C)
-    tl.store(out + at, value.to(ACC).to(out.dtype.element_ty), mask=here)
+    tl.store(out + at, to_storage(value.to(ACC), out.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N", "rows", "to_rows"])

@@ -28,6 +28,7 @@ from ..checks import (
 from ..reference import arithmetic_dtype
 from .launch import EXACT, arithmetic, channel_block, planes, program_elements, row_block
 from .neuron_step import charge, reset, step_back, step_settings, surrogate_settings
+from .rounding import to_storage
 from .rows import Runs, both_or_neither, run_of, token_at
 
 UNROLLED = 8
@@ -206,7 +207,7 @@ def backward_kernel(
                 ALPHA,
             )
             at = row * C + tl.cast(c, tl.int64)[None, :]
-            tl.store(grad_x + at, to_x.to(grad_x.dtype.element_ty), mask=here)
+            tl.store(grad_x + at, to_storage(to_x, grad_x.dtype.element_ty), mask=here)
             grad = tl.where(here, to_v, grad)
             if KIND == "plif":
                 grad_factor += tl.where(here, to_factor, 0.0)

@@ -61,8 +61,8 @@ def surrogate_derivative(z, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
     """``sigma'(z)`` at ``z = u - v_threshold``."""
     # One chain and one return: the compiler reads on after a return in a branch it takes.
     if SURROGATE == "sigmoid":
-        s = 1.0 / (1.0 + tl.exp(-ALPHA * z))
-        slope = ALPHA * s * (1.0 - s)
+        e = tl.exp(-ALPHA * tl.abs(z))  # s (1 - s) is even in z, so that nothing overflows
+        slope = ALPHA * e / ((1.0 + e) * (1.0 + e))
     elif SURROGATE == "atan":
         a = PI_HALF * ALPHA * z
         slope = (ALPHA / 2) / (1.0 + a * a)

@@ -1,9 +1,30 @@
-"""Rounding to multiples of a power of two, as ``reference.round_to`` does it."""
+"""Rounding: to multiples of a power of two, as ``reference.round_to`` does, and to storage types."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+INTERPRETED = tl.constexpr(not isinstance(_probe, triton.JITFunction))
+
+
+@triton.jit
+def to_storage(x, dtype: tl.constexpr):
+    """``x`` in a storage type, rounded to the nearest, half to even.
+
+    That is what a GPU's cast does; the interpreter's cuts bfloat16 off, so it is rounded before.
+    """
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)  # a NaN stays one
+    return x.to(dtype)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checks import InvalidValue, check_device, check_dtype, check_shape, shape_of
 from ..reference import SCORE_BITS, SCORES
 from .launch import EXACT, arithmetic, channel_block, planes
-from .rounding import round_to
+from .rounding import round_to, to_storage
 
 SCORE_GRID = tl.constexpr(2**SCORE_BITS)
 NORM_EPS = tl.constexpr(1e-5)  # as torch's layer_norm
@@ -84,12 +84,18 @@ def token_feature(
 
 
 @triton.jit
+def sigmoid(z):
+    e = tl.exp(-tl.abs(z))  # which cannot overflow
+    return tl.where(z < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
 def sigmoid_of(f, weight, bias, SCORE: tl.constexpr):
     """The score before it is rounded."""
     z = f
     if SCORE == "first" or SCORE == "mean":
         z = tl.load(weight).to(tl.float64) * f
-    return 1.0 / (1.0 + tl.exp(-(z + tl.load(bias).to(tl.float64))))
+    return sigmoid(z + tl.load(bias).to(tl.float64))
 
 
 @triton.jit
@@ -136,7 +142,7 @@ def scores_backward_kernel(
         share = grad_z * tl.load(weight).to(tl.float64)
         if SCORE == "mean":
             share = share / C
-        share = share.to(ACC).to(grad_x.dtype.element_ty)[:, None]
+        share = to_storage(share.to(ACC), grad_x.dtype.element_ty)[:, None]
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             reads = c < (1 if SCORE == "first" else C)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_shape, shape_of
 from .launch import EXACT, arithmetic, channel_block, planes, program_elements, row_block
+from .rounding import to_storage
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def take_backward_kernel(
         at = grad + (came_from * g_r + plane * g_p)[:, None] + c * g_c
         value = tl.load(at, mask=here[:, None] & channel, other=0.0)
         total = with_entry(total, value.to(ACC).to(tl.float64), entry, entries)
-    value = sum_of(total, entries).to(ACC).to(out.dtype.element_ty)
+    value = to_storage(sum_of(total, entries).to(ACC), out.dtype.element_ty)
     tl.store(out + i[:, None] * C + c, value, mask=inside[:, None] & channel)
 
 

@@ -7,7 +7,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 from triton.runtime import interpreter
@@ -36,20 +35,6 @@ def call_inside(function, *args, **kwargs):
         _prepared.add(module)
         interpreter._patch_lang(function.fn)
     return function.rewrite()(*args, **kwargs)
-
-
-def cast(builder, source, to):
-    """Casts as a GPU makes them: the interpreter's cut bfloat16 off instead of rounding it."""
-    before, after = source.dtype.scalar, to.scalar
-    data = source.data
-    if before == tl.bfloat16:
-        data = (data.astype(np.uint32) << 16).view(np.float32)
-    if after == tl.bfloat16:
-        bits = torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.int16)
-        data = bits.numpy().view(np.uint16).reshape(np.shape(source.data))
-    else:
-        data = data.astype(interpreter._get_np_dtype(to))
-    return interpreter.TensorHandle(data, after)
 
 
 class Guard:
@@ -91,7 +76,6 @@ def guard(monkeypatch):
     """Watch all launches of a test; kernels are quicker, too."""
     watch = Guard()
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_inside)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
     prepare = interpreter.GridExecutor._init_args_hst
 
     def prepared(self, args, kwargs):
