@@ -223,7 +223,7 @@ OPERATIONS: dict[str, Operation] = {
     "spike_driven_attention": Operation(V_ROWS),
     "spike_driven_attention_backward": Operation(V_ROWS),
     "spike_linear_lif bits": Operation(
-        LINEAR | dict(spikes=packed_spikes), types=F32, passes=6
+        LINEAR | dict(spikes=packed_spikes), types=F32, passes=3
     ),
     "spike_linear_lif": Operation(LINEAR | dict(spikes=Inputs.spikes), types=F32, passes=6),
     "pack_spikes": Operation(dict(x=Inputs.spikes), DENSE, F32),

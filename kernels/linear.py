@@ -5,8 +5,9 @@ one image. It goes through the timesteps with the membranes in registers: the su
 made by ``tl.dot`` and step them at once, so that no current is written. Where none of its ranks is
 active any more it does no work.
 
-Weights are three pieces of bfloat16 in the products, spikes are one: each product is exact and the
-sums are float32.
+Weights are three pieces of bfloat16 in the products, spikes as bits are one (as floats: three, for
+they may be numbers): each product is exact and the sums are float32. Blocks are as large as the
+registers of sm_80 hold; states take some of them.
 """
 
 from __future__ import annotations
@@ -104,7 +105,6 @@ def linear_kernel(
     potential, _, _ = first_potential(
         v, v_b, v_n, v_c, token, b, r, c, N, outputs, REST, tl.float32
     )  # fmt: skip
-    start_sum = tl.load(bias + c)[None, :] + tl.zeros(potential.shape, tl.float32)
     panel_at = weight + tl.cast(panel, tl.int64) * K * PANEL
     for t in range(T):
         start, count = run_of(offsets, t, b, T, B, N, rows)
@@ -114,7 +114,7 @@ def linear_kernel(
         else:
             at = (start + r)[:, None] * s_r
         row_here = r[:, None] < count
-        u = start_sum
+        u = tl.load(bias + c)[None, :] + tl.zeros(potential.shape, tl.float32)
         inputs = tl.where(first < count, K, 0)
         for k0 in range(0, inputs, BLOCK_K):
             if BITS:
@@ -241,7 +241,7 @@ def spike_linear_lif(
             x, *x.stride(), weight.contiguous(), bias.contiguous(), *strided(v), inv_tau or 0.0,
             out, final, runs.token, runs.offsets, runs.T, runs.B, runs.N, runs.rows, K, outputs,
             **settings, BITS=bits, FORM="bits" if bits else "float", PRECISION=PRECISION,
-            BLOCK_N=block, BLOCK_K=32, num_warps=8 if block == 128 else 4,
-            **EXACT,
+            BLOCK_N=block, BLOCK_K=16 if keep or v is not None else 32,
+            num_warps=8 if block == 128 else 4, **EXACT,
         )  # fmt: skip
     return out, weight.new_empty(0) if final is None else final
