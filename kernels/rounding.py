@@ -1,4 +1,4 @@
-"""Rounding: to multiples of a power of two, as ``reference.round_to`` does, and to storage types."""
+"""Rounding: to multiples of a power of two, as ``reference.round_to``, and to storage types."""
 
 from __future__ import annotations
 

@@ -128,6 +128,13 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def machine() -> dict[str, Any]:
     """What was measured on: processor, cores, threads, instruction set, versions."""
     import os
@@ -142,5 +149,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "atsnn": metadata.version("atsnn"),
+        "triton": _version("triton"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

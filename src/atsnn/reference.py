@@ -107,13 +107,15 @@ def neuron(
         v = x.new_full(x.shape[1:], rest, dtype=dtype)
     if inv_tau is not None:
         inv_tau = inv_tau.to(dtype)
+    # A tensor: on a GPU PyTorch would multiply by the reciprocal of a number.
+    divisor = x.new_full((), tau, dtype=dtype)
     spikes = []
     for x_t in x.to(dtype):
         if kind == "if":
             u = v + x_t
         else:
             drive = (x_t - (v - rest)) if decay_input else (v - rest)
-            drive = drive / tau if inv_tau is None else drive * inv_tau
+            drive = drive / divisor if inv_tau is None else drive * inv_tau
             u = v + drive if decay_input else v - drive + x_t
         s = _Fire.apply(u - v_threshold, surrogate, alpha)
         fired = s.detach() if detach_reset else s

@@ -10,11 +10,11 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 
+from ..checks import BackendError
 from .library import LIBRARY, OPERATORS, TRITON_LIBRARY, WITHOUT_KERNEL
 
 OLDEST = (3, 3)  # kernels keep potentials in tuples, which older compilers do not have
@@ -23,9 +23,7 @@ INTERPRETER = "TRITON_INTERPRET"
 interpreted = os.environ.get(INTERPRETER) == "1"
 
 
-@cache
-def _package_missing() -> str | None:
-    """Why the kernels cannot be imported, if they cannot."""
+def _why_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'atsnn[triton]'"
     version = importlib.metadata.version("triton")
@@ -35,9 +33,13 @@ def _package_missing() -> str | None:
     return None
 
 
+# Why the kernels cannot be imported, if they cannot.
+package_missing = _why_missing()
+
+
 def triton_missing() -> str | None:
     """Why Triton cannot be used on any tensor here, if it cannot."""
-    missing = _package_missing()
+    missing = package_missing
     if missing is None and not interpreted and not torch.cuda.is_available():
         return f"no CUDA device ({INTERPRETER}=1 runs the kernels on the CPU, slowly)"
     return missing
@@ -54,12 +56,16 @@ def triton_refusal(device: torch.device) -> str | None:
 def _launcher(name: str) -> Callable[..., Any]:
     @torch.no_grad()
     def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("atsnn.kernels"), name)(*arguments)
+        try:
+            kernels = importlib.import_module("atsnn.kernels")
+        except ImportError as error:
+            raise BackendError(f"{name}: Triton's kernels do not load: {error}") from error
+        return getattr(kernels, name)(*arguments)
 
     return launch
 
 
 for _name in set(OPERATORS).difference(WITHOUT_KERNEL):
     torch.library.impl(TRITON_LIBRARY, _name, "CompositeExplicitAutograd")(_launcher(_name))
-    if _package_missing() is None:
+    if package_missing is None:
         torch.library.impl(LIBRARY, _name, "CUDA")(_launcher(_name))
