@@ -7,7 +7,7 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp tests/native/*.h)
 CXX_FILES := $(CSRC) $(NATIVE_TESTS)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench bench-neuron bench-attention bench-model bench-engine bench-gpu profile test asan fuzz lint format build docs clean
+.PHONY: help bench bench-neuron bench-attention bench-model bench-engine bench-gpu gpu-report profile test asan fuzz lint format build docs clean
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-model     time packed execution against dense, inference and training"
 	@echo "make bench-engine    time the event-driven engine against dense execution"
 	@echo "make bench-gpu       time the Triton kernels against SpikingJelly's and PyTorch compiled"
+	@echo "make gpu-report      what the compiled Triton kernels take and move, without a GPU (docs/gpu.md)"
 	@echo "make profile  where the engine's time goes, and how far each part is from its limit"
 	@echo "make test     set up and run the tests"
 	@echo "make asan     build and run the kernels' own tests under the address and UB sanitizers"
@@ -53,6 +54,10 @@ bench-neuron bench-attention bench-model bench-engine: bench-%: build
 # On a machine without a GPU: TRITON_INTERPRET=1 make bench-gpu runs it on small shapes.
 bench-gpu: build
 	$(BIN)/python -m pytest benchmarks --device cuda
+
+# Registers, spills, widths and bytes of every kernel for three GPUs, into docs/gpu.md.
+gpu-report: build
+	$(BIN)/python benchmarks/gpu_report.py --write
 
 # The table of benchmarks/profile_engine.py, then time by function.
 profile: build

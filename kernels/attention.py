@@ -125,7 +125,7 @@ def attend(
             write_block(out, start, i + lane, n, p, end, C, found)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def forward_kernel(
     q, q_t, q_b, q_r, q_c, k, k_t, k_b, k_r, k_c, v, v_t, v_b, v_r, v_c, out, sizes,
     token, offsets, T, B, N, rows, heads, C,
@@ -144,7 +144,7 @@ def forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def backward_kernel(
     grad, g_t, g_b, g_r, g_c, q, q_t, q_b, q_r, q_c, k, k_t, k_b, k_r, k_c,
     v, v_t, v_b, v_r, v_c, grad_q, grad_k, grad_v, sizes,

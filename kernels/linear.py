@@ -59,7 +59,7 @@ def add_product(total, x, w, BITS: tl.constexpr, PRECISION: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def pack_kernel(x, x_r, x_c, words, rows, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     blocks = tl.cdiv(C, BLOCK_C)
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -70,7 +70,7 @@ def pack_kernel(x, x_r, x_c, words, rows, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.
     write_spikes(words, row, c, C, here, value != 0.0, "bits")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(words, w_r, w_w, out, rows, C, BLOCK_N: tl.constexpr):
     panels = tl.cdiv(C, PANEL)
     panel = tl.program_id(0) % panels
@@ -83,7 +83,7 @@ def unpack_kernel(words, w_r, w_w, out, rows, C, BLOCK_N: tl.constexpr):
     tl.store(out + row * C + c[None, :], word_bits(word, lanes), mask=here)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def linear_kernel(
     spikes, s_t, s_r, s_k, weight, bias, v, v_b, v_n, v_c, inv_tau, out, v_final, token, offsets,
     T, B, N, rows, K, outputs,

@@ -190,22 +190,9 @@ def backward_kernel(
                 )
             u = charge(before, value, factor, KIND, TAU, EXACT_INVERSE, REST, DECAY_INPUT)
             to_x, to_v, to_factor = step_back(
-                grad_s,
-                grad,
-                u,
-                before,
-                value,
-                factor,
-                KIND,
-                TAU,
-                REST,
-                DECAY_INPUT,
-                V_THRESHOLD,
-                HARD,
-                DETACH_RESET,
-                SURROGATE,
-                ALPHA,
-            )
+                grad_s, grad, u, before, value, factor, KIND, TAU, REST, DECAY_INPUT, V_THRESHOLD,
+                HARD, DETACH_RESET, SURROGATE, ALPHA,
+            )  # fmt: skip
             at = row * C + tl.cast(c, tl.int64)[None, :]
             tl.store(grad_x + at, to_storage(to_x, grad_x.dtype.element_ty), mask=here)
             grad = tl.where(here, to_v, grad)

@@ -21,7 +21,7 @@ from .neuron_step import surrogate_settings
 from .rows import run_of
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def token_sums_kernel(
     x, x_t, x_b, x_r, x_c, y, y_t, y_b, y_r, y_c, sums, sizes, token, offsets, T, B, N, rows, C,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -65,7 +65,7 @@ def read_run(values, t, b, B, c, C):
     return tl.load(values + at, mask=c < C, other=0.0)[None, :]
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def gate_kernel(
     q, q_t, q_b, q_r, q_c, gates, out, offsets, T, B, N, rows, C,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -76,7 +76,7 @@ def gate_kernel(
     write_block(out, start, r, n, c, C, C, queries * read_run(gates, t, b, B, c, C))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "N", "rows"])
 def gate_backward_kernel(
     grad, g_t, g_b, g_r, g_c, k, k_t, k_b, k_r, k_c, v, v_t, v_b, v_r, v_c, gates, grad_sums,
     grad_q, grad_k, grad_v, sizes, token, offsets, T, B, N, rows, C,
