@@ -194,6 +194,10 @@ def packed_spikes(i: Inputs) -> Tensor:
     return i.integers(*i.lead(), panels(i.shape.C))
 
 
+def hidden_state(i: Inputs) -> Tensor:
+    return i.floats(i.shape.B, i.shape.N, i.shape.hidden, dtype=torch.float32)
+
+
 V_ROWS = {"v": Inputs.spikes}
 LINEAR = dict(weight=packed_weight, bias=packed_bias, outputs=lambda i: i.shape.hidden)
 SCORE = dict(
@@ -251,6 +255,29 @@ OPERATIONS: dict[str, Operation] = {
     "moved_rows": Operation(dict(rows=merged_count), PACKED, F32),
 }  # fmt: skip
 
+# Other settings of the same kernels: compiled where they are asked for by name.
+VARIANTS: dict[str, Operation] = {
+    "neuron divided": Operation(dict(v=state, tau=3.0)),
+    "neuron soft": Operation(dict(v=state, v_reset=None, decay_input=False)),
+    "neuron if": Operation(dict(v=state, kind="if")),
+    "neuron plif": Operation(
+        dict(v=state, kind="plif", inv_tau=lambda i: i.floats(dtype=torch.float32))
+    ),
+    "neuron_backward plif": Operation(
+        dict(v=state, grad_v=state, kind="plif", inv_tau=lambda i: i.floats(dtype=torch.float32))
+    ),
+    "spike_linear_lif state": Operation(
+        LINEAR | dict(spikes=Inputs.spikes, v=hidden_state, keep=True), types=F32, passes=6
+    ),
+    "spike_linear_lif bits state": Operation(
+        LINEAR | dict(spikes=packed_spikes, v=hidden_state, keep=True), types=F32, passes=3
+    ),
+}
+
+
+def operation(name: str) -> Operation:
+    return OPERATIONS.get(name) or VARIANTS[name]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -277,11 +304,11 @@ class Case:
         return Inputs(self.shape, TYPES[self.dtype], self.packed, device)
 
     def call(self, device: str = "meta") -> tuple[dict[str, Any], Callable[[], Any]]:
-        return OPERATIONS[self.operation].call(self.operation.split()[0], self.inputs(device))
+        return operation(self.operation).call(self.operation.split()[0], self.inputs(device))
 
     def least_bytes(self, arguments: dict[str, Any], results: Any) -> int:
         """Every argument read once and every result written once."""
-        read = OPERATIONS[self.operation].read
+        read = operation(self.operation).read
         inputs = self.inputs("meta")
         given = [read[k](inputs) if k in read else x for k, x in arguments.items()]
         made = results if isinstance(results, tuple) else (results,)
@@ -292,11 +319,12 @@ class Case:
 
 
 def cases(only: list[str] | None = None, shapes: list[str] | None = None) -> list[Case]:
-    """All forms of the operations whose names begin with one of ``only``."""
+    """All forms of all operations, or of all whose names begin with one of ``only``."""
+    known = OPERATIONS if only is None else OPERATIONS | VARIANTS
     return [
         Case(name, SHAPES[shape], dtype, packed)
-        for name, operation in OPERATIONS.items()
-        if only is None or any(name.startswith(word) for word in only)
+        for name, operation in known.items()
+        if only is None or name.startswith(tuple(only))
         for shape in shapes or SHAPES
         for dtype in operation.types
         for packed in operation.forms

@@ -3,8 +3,9 @@
     TRITON_INTERPRET=1 python benchmarks/gpu_count.py 'neuron, f32, packed' ...
 
 prints as JSON, for each case: the bytes that the unmasked lanes of all loads and stores of all its
-programs move, and the arithmetic, by type. A comparison, a selection or integer work is no FLOP; an
-exponential or a division is one; ``dot`` is that of products.
+programs move, and the arithmetic, by type. A load that a program repeats with no store between is
+one, as the compiler makes it. A comparison, a selection or integer work is no FLOP; an exponential
+or a division is one; ``dot`` is that of products.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ FLOPS = {
 class Counts(Counter[str]):
     """Bytes and FLOPs since they were last cleared."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._loaded: set[int] = set()  # of a program, since its last store
+
     def watch(self) -> None:
         builder = interpreter.InterpreterBuilder
-        for name, masked in (("create_masked_load", 0), ("create_masked_store", 1)):
-            self._before(builder, name, functools.partial(self._bytes, masked))
+        self._before(builder, "create_masked_load", self._load)
+        self._before(builder, "create_masked_store", self._store)
+        self._before(builder, "set_grid_idx", lambda *program: self._loaded.clear())
         for name, flops in FLOPS.items():
             self._before(builder, f"create_{name}", functools.partial(self._elements, flops))
         self._before(builder, "create_dot", self._product)
@@ -48,8 +54,18 @@ class Counts(Counter[str]):
 
         setattr(owner, name, call)
 
-    def _bytes(self, masked: int, pointers: Any, *args: Any) -> None:
-        lanes = np.broadcast_to(np.asarray(args[masked].data, bool), np.shape(pointers.data))
+    def _load(self, pointers: Any, mask: Any, *args: Any) -> None:
+        lanes = np.broadcast_to(np.asarray(mask.data, bool), np.shape(pointers.data))
+        same = hash((np.asarray(pointers.data).tobytes(), lanes.tobytes()))
+        if same not in self._loaded:
+            self._loaded.add(same)
+            self._bytes(pointers, lanes)
+
+    def _store(self, pointers: Any, value: Any, mask: Any, *args: Any) -> None:
+        self._loaded.clear()
+        self._bytes(pointers, np.broadcast_to(np.asarray(mask.data, bool), np.shape(pointers.data)))
+
+    def _bytes(self, pointers: Any, lanes: Any) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         self["bytes"] += int(lanes.sum()) * size
 
@@ -77,10 +93,9 @@ def count(case: Case, counts: Counts) -> dict[str, int]:
 
 
 def main() -> None:
-    wanted = sys.argv[1:]
     counts = Counts()
     counts.watch()
-    found = {c.key: count(c, counts) for c in cases() if not wanted or c.key in wanted}
+    found = {case.key: count(case, counts) for case in cases([""]) if case.key in sys.argv[1:]}
     print(json.dumps(found))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_cases
-from gpu_cases import OPERATIONS, SHAPES, Case
+from gpu_cases import OPERATIONS, SHAPES, Case, operation
 from gpu_compile import Code, Launch, build, record
 from gpu_devices import DEVICES, Device
 
@@ -84,7 +84,7 @@ def count_cases(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
 def bound(case: Case, counts: dict[str, float], device: Device, unit: str) -> str:
     """What limits it at the peaks of a device, each byte being fetched from its memory."""
     seconds = sum(counts.get(kind, 0) / peak for kind, peak in device.peaks.items())
-    passes = OPERATIONS[case.operation].passes
+    passes = operation(case.operation).passes
     seconds += passes * counts.get("dot", 0) / device.products[unit]
     return "compute" if seconds > counts["bytes"] / device.bandwidth else "memory"
 

@@ -267,7 +267,7 @@ def spiking_attention_backward(
     grads = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     if programs:
         if settings["BLOCK_D"] <= 32:
-            settings["num_warps"] = 8  # four would not hold it in their registers
+            settings["num_stages"] = 2  # more would not fit the registers
         backward_kernel[(programs,)](
             *tokens.of(grad), *tokens.of(q), *tokens.of(k), *tokens.of(v), *grads, tokens.sizes,
             *tokens.layout, num_heads, tokens.C, **settings,
