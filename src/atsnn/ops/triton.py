@@ -5,11 +5,12 @@ The kernels are in :mod:`atsnn.kernels`, which imports triton and is imported on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,9 +61,18 @@ def _launcher(name: str) -> Callable[..., Any]:
             kernels = importlib.import_module("atsnn.kernels")
         except ImportError as error:
             raise BackendError(f"{name}: Triton's kernels do not load: {error}") from error
-        return getattr(kernels, name)(*arguments)
+        with _device_of(arguments):
+            return getattr(kernels, name)(*arguments)
 
     return launch
+
+
+def _device_of(arguments: Sequence[Any]) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensors' GPU the current one: Triton launches there, whatever the tensors say."""
+    device = next((x.device for x in arguments if isinstance(x, torch.Tensor)), None)
+    if device is None or device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 for _name in set(OPERATORS).difference(WITHOUT_KERNEL):
