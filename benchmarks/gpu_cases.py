@@ -245,7 +245,7 @@ OPERATIONS: dict[str, Operation] = {
     "halting_scores": Operation(SCORE, DENSE),
     "halting_scores_backward": Operation(SCORE | dict(grad=of_rows), DENSE),
     "halt": Operation({}, PACKED, F32),
-    "halt_backward": Operation({}, PACKED, F32),
+    "halt_backward": Operation({}, PACKED, F32, read=dict(token=lambda i: None)),
     "readout": Operation({}),
     "readout_backward": Operation(
         dict(grad=lambda i: i.floats(i.shape.B, i.shape.C, dtype=torch.float64))
