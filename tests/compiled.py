@@ -26,6 +26,7 @@ SIZES = [
     dict(T=9, B=16, N=196), dict(T=31, B=16, N=196), dict(T=9, B=7, N=196),
     dict(T=9, B=1, N=196), dict(T=9, B=16, N=225),
 ]  # fmt: skip
+LARGE = ["neuron", "spiking_attention", "spike_linear_lif", "merge_tokens", "readout"]
 FUSED = re.compile(r"\bfma\.")
 APPROXIMATE = re.compile(r"\b(?:div\.full|div\.approx|rcp\.approx)")
 
@@ -62,9 +63,9 @@ def main() -> None:
     with ThreadPoolExecutor() as pool:
         forms = cases(None, ["S4-384"])
         counts = pool.submit(count_cases, [case for case in forms if case.name in COUNTED])
-        low = [case for case in forms if case.dtype == "bf16" and case.packed]
-        built = compile_cases(chosen([""]), ["sm_80", "sm_90"])
-        built += compile_cases(chosen(), ["gfx942"]) + compile_cases(low, ["sm_90"])
+        low = [c for c in cases(LARGE, ["S4-384"]) if c.dtype == "bf16" and c.packed]
+        built = compile_cases(chosen([""]), ["sm_80"]) + compile_cases(low, ["sm_90"])
+        built += compile_cases(chosen(LARGE), ["sm_90", "gfx942"])
         print(json.dumps(dict(
             kernels=[row(b) for b in built], work=counts.result(), by_size=kernels_by_size(),
         )))  # fmt: skip
