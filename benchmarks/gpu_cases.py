@@ -50,6 +50,10 @@ class Inputs:
     packed: bool
     device: str = "meta"
 
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
     def floats(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         wanted = dtype or self.dtype
         if self.device == "meta":
@@ -104,7 +108,7 @@ Value = Callable[[Inputs], Any]
 
 def state(i: Inputs) -> Tensor:
     """A membrane: of the arithmetic type, whatever the storage."""
-    return i.floats(i.shape.B, i.shape.N, i.shape.C, dtype=torch.float32)
+    return i.floats(i.shape.B, i.shape.N, i.shape.C, dtype=i.arithmetic)
 
 
 def of_tokens(i: Inputs) -> Tensor:
@@ -116,7 +120,7 @@ def of_rows(i: Inputs) -> Tensor:
 
 
 def of_images(i: Inputs) -> Tensor:
-    return i.floats(i.shape.B, 1, i.shape.C, dtype=torch.float32)
+    return i.floats(i.shape.B, 1, i.shape.C, dtype=i.arithmetic)
 
 
 ARGUMENTS: dict[str, Value] = {

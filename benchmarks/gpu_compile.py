@@ -250,5 +250,5 @@ def _read_amd(compiled: Any, names: list[str], arch: int, options: dict[str, Any
     return Code(
         # Scalar registers that are spilled go to lanes of vector registers, not to memory.
         said("vgpr_count"), max(4 * said("vgpr_spill_count"), said("private_segment_fixed_size")),
-        said("group_segment_fixed_size"), compiled.metadata.num_warps, loads, stores, unit, text,
+        compiled.metadata.shared, compiled.metadata.num_warps, loads, stores, unit, text,
     )  # fmt: skip

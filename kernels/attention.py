@@ -21,7 +21,8 @@ from .launch import arithmetic
 from .rounding import to_storage
 from .rows import Runs, both_or_neither, run_of, token_at
 
-PANEL = 64
+PANEL = 64  # of heads that fit into one; of wider ones it is narrower, for the registers
+MOST_CHANNELS = 512  # of a head, for the shared memory
 
 
 @triton.jit
@@ -217,12 +218,18 @@ def _heads(op: str, tokens: Tokens, num_heads: int, scale: float) -> tuple[int, 
             f"{op}: num_heads must divide the {tokens.C} channels, got {num_heads}"
         )  # fmt: skip
     D = tokens.C // num_heads
+    if D > MOST_CHANNELS:
+        raise InvalidValue(
+            f"{op}: a head must have at most {MOST_CHANNELS} channels in Triton's kernel, got {D}"
+        )
     block = max(16, triton.next_power_of_2(max(D, 1)))
-    panel = min(block, PANEL)
+    panel = block if block <= PANEL else PANEL // 2 if block < MOST_CHANNELS else PANEL // 4
     programs = tokens.runs.T * tokens.runs.B * num_heads * triton.cdiv(D, panel)
     return programs, dict(
         D=D, SCALE=float(scale), ACC=tokens.acc, BLOCK_N=32 if block <= 32 else 16, BLOCK_D=block,
-        BLOCK_P=panel, num_warps=4 if block <= 64 else 8, enable_fp_fusion=True,
+        BLOCK_P=panel, num_warps=4 if block <= 128 else 8, enable_fp_fusion=True,
+        # Runs are a few blocks long: fetching ahead takes registers and gains nothing.
+        num_stages=1,
     )  # fmt: skip
 
 
@@ -266,8 +273,6 @@ def spiking_attention_backward(
     programs, settings = _heads(op, tokens, num_heads, scale)
     grads = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
     if programs:
-        if settings["BLOCK_D"] <= 32:
-            settings["num_stages"] = 2  # more would not fit the registers
         backward_kernel[(programs,)](
             *tokens.of(grad), *tokens.of(q), *tokens.of(k), *tokens.of(v), *grads, tokens.sizes,
             *tokens.layout, num_heads, tokens.C, **settings,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_integer, check_shape
 from ..layout import MOST_TIMESTEPS
+from .launch import EXACT
 from .ranking import BLOCK, before, clamp, elements
 from .rows import Runs, run_of, token_at
 
@@ -123,14 +124,14 @@ def token_layout(active_steps: Tensor, T: int) -> tuple[Tensor, Tensor]:
     steps = active_steps.contiguous()
     token, offsets = steps.new_empty((B, N)), steps.new_empty(T * B + 1)
     if B * N:
-        tokens_kernel[(B * triton.cdiv(N, BLOCK),)](steps, token, T, N, BLOCK_K=BLOCK)
+        tokens_kernel[(B * triton.cdiv(N, BLOCK),)](steps, token, T, N, BLOCK_K=BLOCK, **EXACT)
     programs = triton.cdiv(T * B, RUNS)
     if not programs:
         return token, offsets.zero_()
     sums = steps.new_empty(programs)
-    ends_kernel[(programs,)](steps, offsets, sums, T, B, N, BLOCK_R=RUNS, BLOCK_K=16)
+    ends_kernel[(programs,)](steps, offsets, sums, T, B, N, BLOCK_R=RUNS, BLOCK_K=16, **EXACT)
     if programs > 1:
-        carry_kernel[(programs - 1,)](offsets, sums, T * B, BLOCK_R=RUNS)
+        carry_kernel[(programs - 1,)](offsets, sums, T * B, BLOCK_R=RUNS, **EXACT)
     return token, offsets
 
 
@@ -141,7 +142,7 @@ def token_ranks(token: Tensor | None) -> Tensor | None:
     B, N = token.shape
     rank = torch.full((B, N), -1, dtype=torch.int32, device=token.device)
     if B * N:
-        ranks_kernel[(B * triton.cdiv(N, BLOCK),)](token, rank, N, BLOCK_R=BLOCK)
+        ranks_kernel[(B * triton.cdiv(N, BLOCK),)](token, rank, N, BLOCK_R=BLOCK, **EXACT)
     return rank
 
 
@@ -173,7 +174,7 @@ def layout_cells(token: Tensor, offsets: Tensor, rows: int | None = None) -> Ten
     cells = torch.full((runs.rows,), -1, dtype=torch.int64, device=token.device)
     if runs.rows:
         cells_kernel[(T * B * triton.cdiv(N, BLOCK),)](
-            runs.token, runs.offsets, cells, T, B, N, runs.rows, BLOCK_R=BLOCK
+            runs.token, runs.offsets, cells, T, B, N, runs.rows, BLOCK_R=BLOCK, **EXACT
         )
     return cells
 
@@ -194,6 +195,6 @@ def moved_rows(
     if to.rows:
         moved_kernel[(T * B * triton.cdiv(N, BLOCK),)](
             token_ranks(runs.token), runs.offsets, to.token, to.offsets, moved,
-            T, B, N, T * B * N, to.rows, BLOCK_R=BLOCK,
+            T, B, N, T * B * N, to.rows, BLOCK_R=BLOCK, **EXACT,
         )  # fmt: skip
     return moved

@@ -118,11 +118,15 @@ def linear_kernel(
         inputs = tl.where(first < count, K, 0)
         for k0 in range(0, inputs, BLOCK_K):
             if BITS:
-                word = tl.load(spikes + at + (k0 // 64) * s_k, mask=row_here, other=0)
+                word = tl.load(
+                    spikes + at + tl.cast(k0 // 64, tl.int64) * s_k, mask=row_here, other=0
+                )
                 x = word_bits(word, k0 % 64 + k)
             else:
                 here = row_here & (k0 + k < K)[None, :]
-                x = tl.load(spikes + at + (k0 + k)[None, :] * s_k, mask=here, other=0.0)
+                x = tl.load(
+                    spikes + at + tl.cast(k0 + k, tl.int64)[None, :] * s_k, mask=here, other=0.0
+                )
             w = tl.load(
                 panel_at + (k0 + k)[:, None] * PANEL + lanes[None, :],
                 mask=(k0 + k)[:, None] < K, other=0.0,

@@ -147,7 +147,7 @@ def firing_counts(keys: Tensor, token: Tensor | None, offsets: Tensor | None) ->
         ranks = row_block(N, program_elements(keys), channels)
         counts_kernel[(B * triton.cdiv(N, ranks) * triton.cdiv(C, channels),)](
             keys, *strides, out, token, offsets, T, B, N, rows, C,
-            STEPS=STEPS, BLOCK_N=ranks, BLOCK_C=channels,
+            STEPS=STEPS, BLOCK_N=ranks, BLOCK_C=channels, **EXACT,
         )  # fmt: skip
     return out
 
@@ -178,11 +178,11 @@ def match_tokens(
     if B * N:
         given = (counts, *counts.stride())
         grid = (B * triton.cdiv(N, BLOCK),)
-        sets_kernel[grid](*given, steps, sets, squares, N, C, BLOCK_K=BLOCK, BLOCK_C=TILE)
+        sets_kernel[grid](*given, steps, sets, squares, N, C, BLOCK_K=BLOCK, BLOCK_C=TILE, **EXACT)
         partners_kernel[(B * triton.cdiv(N, TILE),)](
             *given, sets, squares, partner, similarity, N, C, TILE=TILE, num_warps=8, **EXACT
         )
         pairs_kernel[grid](
-            partner, similarity, target, N, min(r or 0, N), LIMIT=limit, BLOCK_K=BLOCK
+            partner, similarity, target, N, min(r or 0, N), LIMIT=limit, BLOCK_K=BLOCK, **EXACT
         )
     return target

@@ -184,7 +184,7 @@ class _Plan(NamedTuple):
         first = self.target.new_empty((B, N + 1), dtype=torch.int32)
         member = self.target.new_empty((B, N), dtype=torch.int32)
         grid = (B * triton.cdiv(N + 1, BLOCK),)
-        members_kernel[grid](self.target, first, member, N, BLOCK_K=BLOCK)
+        members_kernel[grid](self.target, first, member, N, BLOCK_K=BLOCK, **EXACT)
         return first, member
 
     def launch(self, kernel: Any, out: Tensor, *plan: Tensor | None, **settings: Any) -> Tensor:

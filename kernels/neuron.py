@@ -41,7 +41,7 @@ FORMS = ("float", "uint8", "bits")
 def block_of(N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Image, ranks and channels of a program; neighbours share rows."""
     pid = tl.program_id(0)
-    blocks_c = tl.cdiv(C, BLOCK_C)
+    blocks_c = (C - 1) // BLOCK_C + 1  # not (C + BLOCK_C - 1) // BLOCK_C, which could overflow
     blocks_n = tl.cdiv(N, BLOCK_N)
     c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     r = (pid // blocks_c % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)

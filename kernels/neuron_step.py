@@ -23,11 +23,14 @@ SQRT_PI = tl.constexpr(math.sqrt(math.pi))
 @triton.jit
 def divide(a, b, EXACT_INVERSE: tl.constexpr):
     """``a / b``, correctly rounded; a multiplication where ``1 / b`` is exact."""
+    # One chain and one return: the compiler reads on after a return in a branch it takes.
     if EXACT_INVERSE:
-        return a * (1.0 / b)
-    if a.dtype == tl.float64:
-        return a / b
-    return tl.div_rn(a, tl.full(a.shape, b, a.dtype))
+        quotient = a * (1.0 / b)
+    elif a.dtype == tl.float64:
+        quotient = a / b
+    else:
+        quotient = tl.div_rn(a, tl.full(a.shape, b, a.dtype))
+    return quotient
 
 
 @triton.jit

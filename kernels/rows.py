@@ -82,6 +82,7 @@ class Runs(NamedTuple):
             check_dtype(op, f"the layout's {name}", value, (torch.int64,))
             if like is not None:
                 check_device(op, f"the layout's {name}", value, "the rows", like)
+        check_device(op, "the layout's offsets", offsets, "its token", token)
         check_shape(op, "the layout's token", token, B=None, N=None)
         B, N = token.shape
         runs = offsets.numel() - 1

@@ -97,7 +97,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     if out.numel():
         grid, given, P, C, blocks = _blocks(x, out.shape[0])
         take_kernel[grid](
-            *given, index.contiguous(), out, out.shape[0] * P, P, x.shape[0], C, **blocks
+            *given, index.contiguous(), out, out.shape[0] * P, P, x.shape[0], C, **blocks, **EXACT
         )  # fmt: skip
     return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from gpu_cases import Case, cases, operation
@@ -66,6 +67,9 @@ def main() -> None:
         low = [c for c in cases(LARGE, ["S4-384"]) if c.dtype == "bf16" and c.packed]
         built = compile_cases(chosen([""]), ["sm_80"]) + compile_cases(low, ["sm_90"])
         built += compile_cases(chosen(LARGE), ["sm_90", "gfx942"])
+        # In float64, which gradient checks use, other lines of the source are compiled.
+        wide = [replace(case, dtype="f64") for case in chosen(["neuron", "spiking_attention"])]
+        built += compile_cases(wide, ["sm_80"])
         print(json.dumps(dict(
             kernels=[row(b) for b in built], work=counts.result(), by_size=kernels_by_size(),
         )))  # fmt: skip

@@ -440,7 +440,8 @@ def readout(total: Tensor, cells: Tensor | float) -> Tensor:
     ``total [B, C]`` float64 is the sum of :func:`readout_block` over the blocks, ``cells`` the
     number of (timestep, original token) pairs it stands for, or ``[B]`` of them.
     """
-    cells = cells.view(-1, 1) if isinstance(cells, Tensor) else cells
+    # A tensor: on a GPU PyTorch would multiply by the reciprocal of a number.
+    cells = cells.view(-1, 1) if isinstance(cells, Tensor) else total.new_full((), cells)
     return (total / cells).to(torch.float32)
 
 

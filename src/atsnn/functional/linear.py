@@ -152,7 +152,8 @@ def spike_linear_lif(
     v : Tensor, optional
         ``[..., outputs]`` membrane to begin with (``[B, N, outputs]`` with a layout).
     kind, tau, inv_tau, v_threshold, v_reset, decay_input
-        Of the neurons; see :func:`neuron`.
+        Of the neurons; see :func:`neuron`. The value of ``inv_tau`` is read, which on a GPU waits
+        for it.
     layout : TokenLayout, optional
         The active cells, which ``spikes`` then holds the rows of.
     return_state : bool

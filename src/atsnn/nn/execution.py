@@ -103,6 +103,8 @@ class PackedRun:
 
     def advance(self, plan: MergePlan | None) -> None:
         """Go on to the next block: the tokens that go on, merged by ``plan`` if one is given."""
+        if not self.config.adaptive:
+            return  # every cell goes on
         sizes = self.sizes
         steps = self.steps if plan is None else self.steps.masked_fill(plan.merged, 0)
         to = self.layout.following(steps)

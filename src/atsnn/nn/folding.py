@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..checks import InvalidValue
 
 
 def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
@@ -45,8 +46,15 @@ class Folded:
     def packed(self, linear: nn.Linear, bn: nn.BatchNorm1d | None) -> F.PackedLinear:
         tensors = [*linear.parameters(), *(() if bn is None else bn.parameters())]
         tensors += [] if bn is None else list(bn.buffers())
-        key = (*((t.data_ptr(), t._version) for t in tensors), None if bn is None else bn.eps)
+        # Tensors made in inference mode have no version.
+        versions = ((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+        key = (*versions, None if bn is None else bn.eps)
         if self._packed is None or self._packed[0] != key:
+            if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise InvalidValue(
+                    "folding: weights must be folded before a CUDA graph is captured, which would "
+                    "record it instead; expected one call of the model before, got none"
+                )
             weight, bias = (t.to(torch.float32) for t in fold(linear, bn))
             self._packed = key, F.pack_linear(weight, bias)
         return self._packed[1]

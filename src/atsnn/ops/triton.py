@@ -24,10 +24,19 @@ INTERPRETER = "TRITON_INTERPRET"
 interpreted = os.environ.get(INTERPRETER) == "1"
 
 
+def _version() -> str:
+    """Of the distribution that brings triton, whose name is not the same everywhere."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        names = importlib.metadata.packages_distributions().get("triton")
+        return importlib.metadata.version(names[0]) if names else "0.0, from no package"
+
+
 def _why_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'atsnn[triton]'"
-    version = importlib.metadata.version("triton")
+    version = _version()
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         return f"triton {wanted} or newer is needed, got {version}"
