@@ -57,7 +57,7 @@ bench-gpu: build
 
 # Registers, spills, widths and bytes of every kernel for three GPUs, into docs/gpu.md.
 gpu-report: build
-	$(BIN)/python benchmarks/gpu_report.py --write
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu_report.py --write
 
 # The table of benchmarks/profile_engine.py, then time by function.
 profile: build

@@ -229,7 +229,7 @@ def graph_of(model, x):
 def test_blocks(benchmark, report, shape):
     """What halting 20, 40 and 60 % of the cells saves, packed and in a CUDA graph."""
     T, B, N, C, heads = shape
-    L = 4 if ON_GPU else 2
+    L = 4 if ON_GPU else 3
     size, stem = {64: (32, "cifar"), 196: (224, "imagenet")}.get(N, (8, "cifar"))
     config = atsnn.SpikformerConfig(
         image_size=size, stem=stem, embed_dim=C, depth=L, num_heads=heads, T=T,

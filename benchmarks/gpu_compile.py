@@ -47,9 +47,11 @@ class Launch:
         """What Triton would compile for these arguments, and its options."""
         fn, backend = self.kernel, make_backend(target)
         bind = create_function_from_signature(fn.signature, fn.params, backend)
-        bound, specialization, options = bind(*self.args, **self.kwargs)
+        # As launchers do on the machine that has the GPU.
+        given = {k: x for k, x in self.kwargs.items() if k != "maxnreg" or target.backend == "cuda"}
+        bound, specialization, options = bind(*self.args, **given)
         options, signature, constants, attributes = fn._pack_args(
-            backend, dict(self.kwargs), bound, specialization, options
+            backend, given, bound, specialization, options
         )
         return ASTSource(fn, signature, constants, attributes), options.__dict__
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +23,8 @@ from .rounding import to_storage
 from .rows import Runs, both_or_neither, run_of, token_at
 
 PANEL = 64  # of heads that fit into one; of wider ones it is narrower, for the registers
+# NVIDIA's assembler would rather spill a few bytes than take more; AMD's does not know the option.
+REGISTERS = {"maxnreg": 128} if torch.version.hip is None else {}
 MOST_CHANNELS = 512  # of a head, for the shared memory
 
 
@@ -229,7 +232,7 @@ def _heads(op: str, tokens: Tokens, num_heads: int, scale: float) -> tuple[int, 
         D=D, SCALE=float(scale), ACC=tokens.acc, BLOCK_N=32 if block <= 32 else 16, BLOCK_D=block,
         BLOCK_P=panel, num_warps=4 if block <= 128 else 8, enable_fp_fusion=True,
         # Runs are a few blocks long: fetching ahead takes registers and gains nothing.
-        num_stages=1,
+        num_stages=1, **({} if tokens.acc == tl.float64 else REGISTERS),
     )  # fmt: skip
 
 

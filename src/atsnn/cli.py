@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backend", default="auto", choices=("auto", "native", "triton", "reference"),
         help="who computes; auto: what serves the device",
     )  # fmt: skip
-    check.add_argument("--only", nargs="+", metavar="OPERATION", help="check these alone")
+    check.add_argument("--only", nargs="+", metavar="OPERATION", help="check these rows alone")
     _json_option(check)
 
     bench = command(
@@ -192,6 +192,7 @@ def _info(args: argparse.Namespace) -> int:
     from .checkpoint import PACKAGED
     from .measure import machine
     from .ops import available_backends, native_level
+    from .ops.triton import interpreted
 
     console = _console()
     found: dict[str, Any] = {
@@ -206,6 +207,7 @@ def _info(args: argparse.Namespace) -> int:
     console.print(f"PyTorch computes with {m['pytorch_instruction_set']}")
     for name, state in found["backends"].items():
         level = f", {native_level()}" if name == "native" and native_level() else ""
+        level = ", interpreted" if name == "triton" and interpreted else level
         console.print(f"backend {name:<10} {'available' + level if state is True else state}")
     console.print(f"checkpoints        {', '.join(found['checkpoints'])}")
     _write_json(args.json, found)
@@ -213,8 +215,12 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    import torch
+
     from . import report
     from .conformance import check_backend
+    from .ops import resolve_backend
+    from .ops.triton import interpreted
 
     console = _console()
     found = []
@@ -222,8 +228,11 @@ def _check(args: argparse.Namespace) -> int:
         for finding in check_backend(args.backend, args.device, args.only):
             status.update(f"{finding.operation}, {finding.case}")
             found.append(finding)
+    names = {id(torch.ops.atsnn): "native", id(torch.ops.atsnn_triton): "triton"}
+    ran = names.get(id(resolve_backend("check", args.backend, torch.device(args.device))))
+    how = ", interpreted" if ran == "triton" and interpreted else ""
     console.print(
-        f"[bold]atsnn check[/bold]  backend {args.backend}, device {args.device}, "
+        f"[bold]atsnn check[/bold]  backend {ran or 'reference'}{how}, device {args.device}, "
         "against the reference"
     )
     report.print_all(console, report.check_tables(found))

@@ -97,7 +97,7 @@ def check_backend(
         check_choice(op, "operation", name, OPERATIONS)
     try:
         where = torch.device(device)
-        torch.zeros(1, device=where)
+        torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidValue(

@@ -79,7 +79,11 @@ def check_tables(findings: list[Finding]) -> list[RenderableType]:
         for f in findings
         if f.result != "pass"
     ]
-    return [table, ", ".join(lines), *details]
+    legend = (
+        "layouts: ragged, all or none active, one token, empty; N70: 70 tokens; C150: 150 channels "
+        "a head; T17: 17 timesteps; f64, f16, bf16: storage"
+    )
+    return [table, legend, ", ".join(lines), *details]
 
 
 def _cells_table(cost: dict[str, Any], images: int) -> Table:

@@ -243,6 +243,11 @@ class ATSpikformer(nn.Module):
                 f"{op}: execution='padded' needs Triton's kernels, got tokens on {x.device} "
                 "without backend 'triton'"
             )
+        if torch.is_grad_enabled():
+            raise InvalidValue(
+                f"{op}: execution='padded' has no gradient; expected a call under "
+                "torch.no_grad(), got one with gradients enabled"
+            )
 
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
         """Scores ``[R]`` of the active cells after block ``number``."""

@@ -21,7 +21,7 @@ from .library import LIBRARY, OPERATORS, TRITON_LIBRARY, WITHOUT_KERNEL
 OLDEST = (3, 6)  # the oldest that passes "atsnn check": earlier ones have no float64 products
 INTERPRETER = "TRITON_INTERPRET"
 # Triton's interpreter runs the kernels, on tensors of any device. Triton asks once, and so do we.
-interpreted = os.environ.get(INTERPRETER) == "1"
+interpreted = os.environ.get(INTERPRETER, "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _version() -> str:
@@ -51,7 +51,10 @@ def triton_missing() -> str | None:
     """Why Triton cannot be used on any tensor here, if it cannot."""
     missing = package_missing
     if missing is None and not interpreted and not torch.cuda.is_available():
-        return f"no CUDA device ({INTERPRETER}=1 runs the kernels on the CPU, slowly)"
+        return (
+            f"no CUDA device ({INTERPRETER}=1, set before Python starts, runs the kernels on the "
+            "CPU, slowly)"
+        )
     return missing
 
 
