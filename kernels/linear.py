@@ -25,14 +25,15 @@ from ..checks import (
     check_shape,
     shape_of,
 )
+from .blocks import base_of
 from .launch import EXACT, planes
 from .neuron import WORD, first_potential, strided, write_spikes
 from .neuron_step import charge, reset, step_settings
+from .rounding import INTERPRETED
 from .rows import Runs, both_or_neither, run_of
 
-MOST_TIMESTEPS = 4096
 # The interpreter takes products in float32 and knows no other name for it.
-PRECISION = "bf16x6" if isinstance(write_spikes, triton.JITFunction) else "ieee"
+PRECISION = "ieee" if INTERPRETED.value else "bf16x6"
 PANEL = tl.constexpr(WORD)
 
 
@@ -108,11 +109,8 @@ def linear_kernel(
     panel_at = weight + tl.cast(panel, tl.int64) * K * PANEL
     for t in range(T):
         start, count = run_of(offsets, t, b, T, B, N, rows)
-        # Dense rows lie where their strides say; those of a layout follow each other.
-        if offsets is None:
-            at = tl.cast(t, tl.int64) * s_t + tl.cast(r, tl.int64)[:, None] * s_r
-        else:
-            at = (start + r)[:, None] * s_r
+        # Dense tensors are of one image here.
+        at = base_of(start, t, 0, s_t, 0, s_r, offsets) + tl.cast(r, tl.int64)[:, None] * s_r
         row_here = r[:, None] < count
         u = tl.load(bias + c)[None, :] + tl.zeros(potential.shape, tl.float32)
         inputs = tl.where(first < count, K, 0)
@@ -225,8 +223,6 @@ def spike_linear_lif(
         M, _, (x,) = planes(spikes.shape[1:], [spikes], last=True)
         runs = Runs.dense(spikes.shape[0], 1, M)
         state = (*spikes.shape[1:-1], outputs)
-    if runs.T > MOST_TIMESTEPS:
-        raise InvalidValue(f"{op}: T must be at most {MOST_TIMESTEPS}, got {runs.T}")
     if v is not None:
         check_shape(op, "v", v, **{f"d{i}": size for i, size in enumerate(state)})
         check_dtype(op, "v", v, (torch.float32,))

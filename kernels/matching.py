@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_shape
-from .attention import base_of, product
+from .attention import product
+from .blocks import base_of, block_of
 from .launch import EXACT, channel_block, program_elements, row_block
-from .neuron import block_of
 from .ranking import BLOCK, before, clamp, elements
 from .rows import Runs, both_or_neither, run_of, token_at
 

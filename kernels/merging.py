@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import InvalidValue, check_device, check_dtype, check_shape
-from .attention import base_of
+from .blocks import base_of, block_of
 from .launch import EXACT, arithmetic, channel_block, program_elements, row_block
 from .layout import check_same_cells, place_in, runs_of_result, token_ranks
-from .neuron import block_of
 from .ranking import BLOCK, before, clamp, elements
 from .rounding import round_to, to_storage
 from .rows import Runs, both_or_neither, run_of, token_at

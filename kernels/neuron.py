@@ -26,6 +26,7 @@ from ..checks import (
     check_shape,
 )
 from ..reference import arithmetic_dtype
+from .blocks import base_of, block_at, block_of
 from .launch import EXACT, arithmetic, channel_block, planes, program_elements, row_block
 from .neuron_step import charge, reset, step_back, step_settings, surrogate_settings
 from .rounding import to_storage
@@ -38,35 +39,13 @@ FORMS = ("float", "uint8", "bits")
 
 
 @triton.jit
-def block_of(N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image, ranks and channels of a program; neighbours share rows."""
-    pid = tl.program_id(0)
-    blocks_c = (C - 1) // BLOCK_C + 1  # not (C + BLOCK_C - 1) // BLOCK_C, which could overflow
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = (pid // blocks_c % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return pid // (blocks_c * blocks_n), r, c
-
-
-@triton.jit
-def rows_at(offsets, t, b, r, T, B, N, rows):
-    """The rows of ranks ``r`` at timestep ``t`` as a column, and the ranks below which they are."""
-    start, count = run_of(offsets, t, b, T, B, N, rows)
-    return tl.expand_dims(start + r, 1), count
-
-
-@triton.jit
 def read_steps(x, x_t, x_r, x_c, offsets, t, b, r, c, T, B, N, rows, C, ACC: tl.constexpr):
     """The input of a block at timestep ``t`` (0 where there is none), its rows and their number."""
-    row, count = rows_at(offsets, t, b, r, T, B, N, rows)
-    # Dense rows lie where their strides say; those of a layout follow each other.
-    if offsets is None:
-        at = tl.cast(t, tl.int64) * x_t + tl.expand_dims(tl.cast(r, tl.int64), 1) * x_r
-    else:
-        at = row * x_r
-    here = (r[:, None] < count) & (c[None, :] < C)
-    value = tl.load(x + at + tl.cast(c, tl.int64)[None, :] * x_c, mask=here, other=0.0)
-    return value.to(ACC), row, here
+    start, count = run_of(offsets, t, b, T, B, N, rows)
+    # Dense tensors are of one image here.
+    base = base_of(start, t, 0, x_t, 0, x_r, offsets)
+    at, here = block_at(base, r, count, c, C, x_r, x_c)
+    return tl.load(x + at, mask=here, other=0.0).to(ACC), (start + r)[:, None], here
 
 
 @triton.jit
@@ -154,7 +133,7 @@ def backward_kernel(
         for segment in range(segments):
             tl.store(kept + block + segment * (BLOCK_N * BLOCK_C) + lane, potential)
             for i in tl.static_range(STEPS):
-                value, row, here = read_steps(
+                value, _, here = read_steps(
                     x, x_t, x_r, x_c, offsets, segment * STEPS + i, b, r, c, T, B, N, rows, C, ACC
                 )
                 u = charge(potential, value, factor, KIND, TAU, EXACT_INVERSE, REST, DECAY_INPUT)
@@ -169,7 +148,7 @@ def backward_kernel(
         values = ()
         befores = ()
         for i in tl.static_range(STEPS):
-            value, row, here = read_steps(
+            value, _, here = read_steps(
                 x, x_t, x_r, x_c, offsets, segment * STEPS + i, b, r, c, T, B, N, rows, C, ACC
             )
             values += (value,)
@@ -181,8 +160,8 @@ def backward_kernel(
             t = segment * STEPS + (STEPS - 1 - i)
             value = values[STEPS - 1 - i]
             before = befores[STEPS - 1 - i]
-            row, count = rows_at(offsets, t, b, r, T, B, N, rows)
-            here = (r[:, None] < count) & (c[None, :] < C)
+            start, count = run_of(offsets, t, b, T, B, N, rows)
+            at, here = block_at(start * C, r, count, c, C, C, 1)
             grad_s = tl.zeros(cell.shape, ACC)
             if grad_spikes is not None:
                 grad_s, _, _ = read_steps(
@@ -193,7 +172,6 @@ def backward_kernel(
                 grad_s, grad, u, before, value, factor, KIND, TAU, REST, DECAY_INPUT, V_THRESHOLD,
                 HARD, DETACH_RESET, SURROGATE, ALPHA,
             )  # fmt: skip
-            at = row * C + tl.cast(c, tl.int64)[None, :]
             tl.store(grad_x + at, to_storage(to_x, grad_x.dtype.element_ty), mask=here)
             grad = tl.where(here, to_v, grad)
             if KIND == "plif":

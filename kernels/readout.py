@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_device, check_dtype, check_shape
-from .attention import Tokens, base_of, read_block, weighted, write_block
+from .blocks import Tokens, base_of, read_block, rows_of_run, weighted, write_block
 from .launch import EXACT, channel_block, program_elements, row_block
-from .spike_driven import rows_of_run
 
 
 @triton.jit

@@ -7,11 +7,18 @@ import triton.language as tl
 
 
 @triton.jit
-def _probe():
-    pass
+def round_to(x, GRID: tl.constexpr):
+    """``x`` rounded to a multiple of ``1 / GRID``, half to even; zeros keep the sign of ``x``."""
+    size = tl.abs(x) * GRID
+    whole = tl.floor(size)
+    rest = size - whole  # exact
+    odd = whole * 0.5 != tl.floor(whole * 0.5)
+    up = (rest > 0.5) | ((rest == 0.5) & odd)
+    found = tl.where(up, whole + 1.0, whole) * (1.0 / GRID)
+    return tl.where(x < 0, found * -1.0, found)  # a minus sign is a subtraction from +0
 
 
-INTERPRETED = tl.constexpr(not isinstance(_probe, triton.JITFunction))
+INTERPRETED = tl.constexpr(not isinstance(round_to, triton.JITFunction))
 
 
 @triton.jit
@@ -25,15 +32,3 @@ def to_storage(x, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)  # a NaN stays one
     return x.to(dtype)
-
-
-@triton.jit
-def round_to(x, GRID: tl.constexpr):
-    """``x`` rounded to a multiple of ``1 / GRID``, half to even; zeros keep the sign of ``x``."""
-    size = tl.abs(x) * GRID
-    whole = tl.floor(size)
-    rest = size - whole  # exact
-    odd = whole * 0.5 != tl.floor(whole * 0.5)
-    up = (rest > 0.5) | ((rest == 0.5) & odd)
-    found = tl.where(up, whole + 1.0, whole) * (1.0 / GRID)
-    return tl.where(x < 0, found * -1.0, found)  # a minus sign is a subtraction from +0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_device, check_dtype, check_shape
 from ..reference import arithmetic_dtype
-from .attention import Tokens, base_of, read_block, weighted, write_block
+from .blocks import Tokens, base_of, read_block, rows_of_run, weighted, write_block
 from .launch import EXACT, channel_block, row_block
 from .neuron import neuron, neuron_backward
 from .neuron_step import surrogate_settings
@@ -43,19 +43,6 @@ def token_sums_kernel(
         found *= read_block(y, y_at, r, n, c, C, y_r, y_c, ACC)
         total += weighted(found, sizes, token, b, r, N)
     tl.store(sums + tl.cast(run, tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
-
-
-@triton.jit
-def rows_of_run(offsets, T, B, N, rows, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Timestep, image, first row and number of rows of a program's run; its ranks and channels."""
-    pid = tl.program_id(0)
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = (pid // blocks_c % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    run = pid // (blocks_c * blocks_n)
-    start, n = run_of(offsets, run // B, run % B, T, B, N, rows)
-    return run // B, run % B, start, n, r, c
 
 
 @triton.jit

@@ -266,3 +266,13 @@ def test_what_does_not_fit_is_refused():
         ours.unmerge_tokens(torch.zeros(2, 2, 3, 4), target[:1], *none)
     with pytest.raises(InvalidValue, match="exactly one of r and threshold"):
         ours.match_tokens(torch.zeros(2, 3, 4), layout.active_steps, 1, 0.5)
+
+
+@pytest.mark.parametrize("settings", [(5, None), (None, 0.5)], ids=["r", "threshold"])
+def test_of_equal_partners_the_first_is_taken(settings):
+    """Of one channel all cosines are 1: within a block of partners and from block to block."""
+    counts = Numbers(1).integers(1, 3, (2, 70, 1)).float()
+    steps = torch.full((2, 70), 2)
+    target = ours.match_tokens(counts, steps, *settings)
+    assert torch.equal(target, native.match_tokens(counts, steps, *settings))
+    assert set(target.unique().tolist()) <= {1, *range(70)} and int((target == 1).sum()) > 4

@@ -219,8 +219,7 @@ def _check(args: argparse.Namespace) -> int:
 
     from . import report
     from .conformance import check_backend
-    from .ops import resolve_backend
-    from .ops.triton import interpreted
+    from .ops import serving_backend
 
     console = _console()
     found = []
@@ -228,12 +227,9 @@ def _check(args: argparse.Namespace) -> int:
         for finding in check_backend(args.backend, args.device, args.only):
             status.update(f"{finding.operation}, {finding.case}")
             found.append(finding)
-    names = {id(torch.ops.atsnn): "native", id(torch.ops.atsnn_triton): "triton"}
-    ran = names.get(id(resolve_backend("check", args.backend, torch.device(args.device))))
-    how = ", interpreted" if ran == "triton" and interpreted else ""
+    ran = serving_backend("check", args.backend, torch.device(args.device))
     console.print(
-        f"[bold]atsnn check[/bold]  backend {ran or 'reference'}{how}, device {args.device}, "
-        "against the reference"
+        f"[bold]atsnn check[/bold]  backend {ran}, device {args.device}, against the reference"
     )
     report.print_all(console, report.check_tables(found))
     _write_json(

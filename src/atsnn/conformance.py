@@ -14,7 +14,7 @@ from .checks import BackendError, InvalidValue, check_choice
 from .layout import TokenLayout
 from .ops import BACKENDS, resolve_backend
 
-__all__ = ["CASES", "Finding", "check_backend"]
+__all__ = ["CASES", "LEGEND", "Finding", "check_backend"]
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -39,7 +39,8 @@ class Case:
 # What a table's columns are called; small, so that an interpreter can run them.
 CASES = {
     "ragged": Case(("ragged", 4, 2, 6)),
-    "all": Case(("all", 2, 2, 5)),
+    # One channel: tokens of equal direction, whose order decides which of them merge.
+    "all": Case(("all", 2, 2, 9), 1),
     "none": Case(("none", 2, 2, 5)),
     "one": Case(("all", 3, 1, 1)),
     "empty": Case(("all", 2, 0, 3)),
@@ -50,6 +51,11 @@ CASES = {
     "f16": Case(("ragged", 3, 2, 5), dtype=torch.float16, backward=False),
     "bf16": Case(("ragged", 3, 2, 5), dtype=torch.bfloat16, backward=False),
 }
+
+LEGEND = (
+    "layouts: ragged, all or none active, one token, empty; N70: 70 tokens; C150: 150 channels a "
+    "head; T17: 17 timesteps; f64, f16, bf16: storage"
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import require
-from .conformance import Finding
+from .conformance import LEGEND, Finding
 from .data import Split
 from .nn.model import ATSpikformer
 
@@ -79,11 +79,7 @@ def check_tables(findings: list[Finding]) -> list[RenderableType]:
         for f in findings
         if f.result != "pass"
     ]
-    legend = (
-        "layouts: ragged, all or none active, one token, empty; N70: 70 tokens; C150: 150 channels "
-        "a head; T17: 17 timesteps; f64, f16, bf16: storage"
-    )
-    return [table, legend, ", ".join(lines), *details]
+    return [table, LEGEND, ", ".join(lines), *details]
 
 
 def _cells_table(cost: dict[str, Any], images: int) -> Table:

@@ -8,6 +8,7 @@ from .backends import (
     kernels_serve,
     native_level,
     resolve_backend,
+    serving_backend,
     use_backend,
 )
 from .halting import halt, halting_scores, readout
@@ -31,6 +32,7 @@ __all__ = [
     "pack_spikes",
     "readout",
     "resolve_backend",
+    "serving_backend",
     "spike_driven_attention",
     "spike_linear_lif",
     "spiking_attention",

@@ -11,7 +11,7 @@ import torch
 
 from ..checks import BackendError, check_choice
 from .library import native, native_missing
-from .triton import triton_missing, triton_refusal
+from .triton import interpreted, triton_missing, triton_refusal
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -44,6 +44,16 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+
+
+def serving_backend(op: str, backend: str, device: torch.device) -> str:
+    """The name of the backend that serves the call, as it should be told to people."""
+    operators = resolve_backend(op, backend, device)
+    if operators is None:
+        return "reference"
+    if operators is torch.ops.atsnn:
+        return "native"
+    return "triton, interpreted" if interpreted else "triton"
 
 
 def kernels_serve(device: torch.device) -> bool:
