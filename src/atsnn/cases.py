@@ -22,6 +22,7 @@ from .reference import MergePlan
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
+Arguments = dict[str, Any]
 
 
 class Numbers:
@@ -47,7 +48,9 @@ class Operation:
 
     ``make(numbers, layout, C, dtype)`` gives the inputs by name; ``packed(backend, layout,
     **inputs)`` packs them and calls with the layout; ``dense(backend, layout, **inputs)`` calls
-    without and packs what comes out. ``leaves`` are the inputs with a gradient.
+    without and packs what comes out. ``leaves`` are the inputs with a gradient. ``function`` of
+    :mod:`atsnn.functional` is what they call, with ``arguments(layout, packed, **inputs)``;
+    ``forms`` are those in which it can be called.
     """
 
     make: Callable[[Numbers, TokenLayout, int, torch.dtype], Inputs]
@@ -55,9 +58,64 @@ class Operation:
     dense: Callable[..., Outputs]
     leaves: tuple[str, ...] = ()
     heads: int = 1
+    function: str = ""
+    arguments: Callable[..., Arguments] = lambda layout, packed, **inputs: inputs
+    forms: tuple[str, ...] = ("dense", "packed")
 
     def channels(self, per_head: int) -> int:
         return per_head * self.heads
+
+
+def takes(*rows: str, **settings: Any) -> Callable[..., Arguments]:
+    """Arguments of a call: these inputs as rows of the layout and the layout, or all as it is."""
+
+    def arguments(layout: TokenLayout, packed: bool, **inputs: Any) -> Arguments:
+        if packed:
+            inputs |= {name: layout.pack(inputs[name]) for name in rows}
+            inputs["layout"] = layout
+        return inputs | settings
+
+    return arguments
+
+
+def results(value: Any) -> Outputs:
+    """The tensors that a call gave."""
+    if isinstance(value, MergePlan):
+        return (value.target,)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def operation(
+    function: str, make: Callable[..., Inputs], arguments: Callable[..., Arguments],
+    *,
+    dense: Callable[..., Outputs] | None = None,
+    rows_of: Callable[..., TokenLayout | None] = lambda layout, inputs: None,
+    **fields: Any,
+) -> Operation:  # fmt: skip
+    """An operation that is one call; ``rows_of`` is the layout that a dense result is packed in.
+
+    Where the dense form is more than that call, or is not one, it is given as ``dense``.
+    """
+
+    def call(backend: str, layout: TokenLayout, packed: bool, inputs: Inputs) -> Outputs:
+        given = arguments(layout, packed, **inputs)
+        return results(getattr(F, function)(**given, backend=backend))
+
+    def packed_form(backend: str, layout: TokenLayout, **inputs: Tensor) -> Outputs:
+        return call(backend, layout, True, inputs)
+
+    def dense_form(backend: str, layout: TokenLayout, **inputs: Tensor) -> Outputs:
+        first, *rest = call(backend, layout, False, inputs)
+        rows = rows_of(layout, inputs)
+        return (first if rows is None else rows.pack(first), *rest)
+
+    return Operation(
+        make, packed_form, dense or dense_form, function=function, arguments=arguments, **fields
+    )
+
+
+def same_rows(layout: TokenLayout, inputs: Inputs) -> TokenLayout:
+    return layout
 
 
 def cells(layout: TokenLayout, *channels: int) -> tuple[int, ...]:
@@ -86,10 +144,6 @@ def make_neuron(kind, has_v, numbers, layout, C, dtype):
     return out
 
 
-def packed_neuron(settings, backend, layout, x, v=None, inv_tau=None):
-    return F.neuron(layout.pack(x), v, inv_tau=inv_tau, layout=layout, backend=backend, **settings)
-
-
 def dense_neuron(settings, backend, layout, x, v=None, inv_tau=None):
     call: Any = partial(F.neuron, v=v, inv_tau=inv_tau, backend=backend, **settings)
     # The potential after each number of timesteps; a token's is that after its last active one.
@@ -101,9 +155,9 @@ def dense_neuron(settings, backend, layout, x, v=None, inv_tau=None):
 def neuron_operation(has_v: bool, **settings) -> Operation:
     kind = settings["kind"]
     leaves = ["x", *["v"] * has_v, *["inv_tau"] * (kind == "plif")]
-    return Operation(
-        partial(make_neuron, kind, has_v), partial(packed_neuron, settings),
-        partial(dense_neuron, settings), tuple(leaves),
+    return operation(
+        "neuron", partial(make_neuron, kind, has_v), takes("x", **settings),
+        dense=partial(dense_neuron, settings), leaves=tuple(leaves),
     )  # fmt: skip
 
 
@@ -121,22 +175,12 @@ def make_attention(sized, stateful, numbers, layout, C, dtype):
 
 
 def attention_operation(function, heads, sized, stateful=False, **settings) -> Operation:
-    if function is F.spike_driven_attention:
+    if function == "spike_driven_attention":
         settings["return_state"] = True
-    call = partial(function, num_heads=heads, **settings)
-
-    def packed(backend, layout, q, k, v, **rest):
-        out = call(*map(layout.pack, (q, k, v)), layout=layout, backend=backend, **rest)
-        return out if isinstance(out, tuple) else (out,)
-
-    def dense(backend, layout, q, k, v, **rest):
-        out = call(q, k, v, backend=backend, **rest)
-        out, *state = out if isinstance(out, tuple) else (out,)
-        return (layout.pack(out), *state)
-
-    return Operation(
-        partial(make_attention, sized, stateful), packed, dense,
-        ("q", "k", "v", *["state"] * stateful), heads,
+    return operation(
+        function, partial(make_attention, sized, stateful),
+        takes("q", "k", "v", num_heads=heads, **settings), rows_of=same_rows,
+        leaves=("q", "k", "v", *["state"] * stateful), heads=heads,
     )  # fmt: skip
 
 
@@ -151,13 +195,14 @@ def make_scores(score, numbers, layout, C, dtype):
 
 
 def scores_operation(score: str) -> Operation:
-    call = partial(F.halting_scores, score=score)
     reaches = {"first": "x weight bias", "mean": "x weight bias", "linear": "weight bias"}
-    return Operation(
-        partial(make_scores, score),
-        lambda backend, layout, x, **rest: (call(layout.pack(x), backend=backend, **rest),),
-        lambda backend, layout, x, **rest: (layout.pack(call(x, backend=backend, **rest)),),
-        tuple(reaches.get(score, "bias").split()),
+
+    def arguments(layout, packed, x, **rest):
+        return {"x": layout.pack(x) if packed else x, **rest, "score": score}
+
+    return operation(
+        "halting_scores", partial(make_scores, score), arguments, rows_of=same_rows,
+        leaves=tuple(reaches.get(score, "bias").split()),
     )  # fmt: skip
 
 
@@ -170,16 +215,14 @@ def make_halt(numbers, layout, C, dtype):
 
 
 def halt_operation(accumulator: str, final: bool) -> Operation:
-    call = partial(F.halt, accumulator=accumulator, final=final)
-
-    def packed(backend, layout, h, H):
-        return call(layout.pack(h), layout.pack(H), layout, backend=backend)
-
     def dense(backend, layout, h, H):
         *out, steps = reference.halt(h, H, layout.mask, accumulator, 0.01, final)
         return (*map(layout.pack, out), steps)
 
-    return Operation(make_halt, packed, dense, ("h", "H"))
+    return operation(
+        "halt", make_halt, takes("h", "H", accumulator=accumulator, final=final), dense=dense,
+        leaves=("h", "H"), forms=("packed",),
+    )  # fmt: skip
 
 
 def make_readout(sized, numbers, layout, C, dtype):
@@ -193,14 +236,7 @@ def make_readout(sized, numbers, layout, C, dtype):
 
 
 def readout_operation(sized: bool) -> Operation:
-    def packed(backend, layout, x, w, **rest):
-        x, w = layout.pack(x), layout.pack(w)
-        return (F.readout(x, w, layout=layout, backend=backend, **rest),)
-
-    def dense(backend, layout, x, w, **rest):
-        return (F.readout(x, w, backend=backend, **rest),)
-
-    return Operation(partial(make_readout, sized), packed, dense, ("x", "w"))
+    return operation("readout", partial(make_readout, sized), takes("x", "w"), leaves=("x", "w"))
 
 
 # -- merging --------------------------------------------------------------------------------------
@@ -210,24 +246,15 @@ def make_keys(numbers, layout, C, dtype):
     return {"keys": masked(layout, numbers.spikes(cells(layout, C))).to(dtype)}
 
 
-COUNTS = Operation(
-    make_keys,
-    lambda backend, layout, keys: (
-        F.firing_counts(layout.pack(keys), layout=layout, backend=backend),
-    ),
-    lambda backend, layout, keys: (F.firing_counts(keys, backend=backend),),
-)
-
-
 def match_operation(**settings) -> Operation:
     def make(numbers, layout, C, dtype):
         counts = numbers.integers(0, 3, (layout.B, layout.N, C)).to(dtype)
         return {"counts": counts, "active_steps": layout.active_steps}
 
-    def call(backend, layout, **inputs):
-        return (F.match_tokens(backend=backend, **inputs, **settings).target,)
+    def arguments(layout, packed, **inputs):
+        return inputs | settings
 
-    return Operation(make, call, call)
+    return operation("match_tokens", make, arguments, forms=("dense",))
 
 
 def make_fewer(numbers, layout, C, dtype):
@@ -236,17 +263,17 @@ def make_fewer(numbers, layout, C, dtype):
     return {"x": x, "steps": (share * (layout.active_steps + 1)).long()}
 
 
-def take(backend, layout, x, steps):
-    to = TokenLayout.from_active_steps(steps, layout.T)
-    return (F.take_rows(layout.pack(x), layout, to, backend=backend),)
+def take_operation() -> Operation:
+    def arguments(layout, packed, x, steps):
+        to = TokenLayout.from_active_steps(steps, layout.T)
+        return {"x": layout.pack(x), "layout": layout, "to": to}
 
+    def dense(backend, layout, x, steps):
+        return (TokenLayout.from_active_steps(steps, layout.T).pack(x),)
 
-TAKE = Operation(
-    make_fewer,
-    take,
-    lambda backend, layout, x, steps: (TokenLayout.from_active_steps(steps, layout.T).pack(x),),
-    ("x",),
-)
+    return operation(
+        "take_rows", make_fewer, arguments, dense=dense, leaves=("x",), forms=("packed",)
+    )
 
 
 def plan_of(numbers: Numbers, layout: TokenLayout) -> Tensor:
@@ -266,17 +293,17 @@ def make_merge(sized, numbers, layout, C, dtype):
     return out
 
 
+def after_merge(layout: TokenLayout, inputs: Inputs) -> TokenLayout:
+    return layout.without(MergePlan.of(inputs["target"]).merged)
+
+
 def merge_operation(sized: bool) -> Operation:
-    def packed(backend, layout, x, target, **rest):
-        plan = MergePlan.of(target)
-        return (F.merge_tokens(layout.pack(x), plan, layout=layout, backend=backend, **rest),)
+    def arguments(layout, packed, target, **inputs):
+        return takes("x", plan=MergePlan.of(target))(layout, packed, **inputs)
 
-    def dense(backend, layout, x, target, **rest):
-        plan = MergePlan.of(target)
-        out = F.merge_tokens(x, plan, backend=backend, **rest)
-        return (layout.without(plan.merged).pack(out),)
-
-    return Operation(partial(make_merge, sized), packed, dense, ("x",))
+    return operation(
+        "merge_tokens", partial(make_merge, sized), arguments, rows_of=after_merge, leaves=("x",)
+    )
 
 
 def make_unmerge(numbers, layout, C, dtype):
@@ -285,20 +312,15 @@ def make_unmerge(numbers, layout, C, dtype):
     return {"y": masked(after, numbers.normal(cells(layout, C))).to(dtype), "target": target}
 
 
-def packed_unmerge(backend, layout, y, target):
-    plan = MergePlan.of(target)
-    rows = layout.without(plan.merged).pack(y)
-    return (F.unmerge_tokens(rows, plan, layout=layout, backend=backend),)
+def unmerge_operation() -> Operation:
+    def arguments(layout, packed, y, target):
+        plan = MergePlan.of(target)
+        if not packed:
+            return {"y": y, "plan": plan}
+        return {"y": layout.without(plan.merged).pack(y), "plan": plan, "layout": layout}
 
+    return operation("unmerge_tokens", make_unmerge, arguments, rows_of=same_rows, leaves=("y",))
 
-UNMERGE = Operation(
-    make_unmerge,
-    packed_unmerge,
-    lambda backend, layout, y, target: (
-        layout.pack(F.unmerge_tokens(y, MergePlan.of(target), backend=backend)),
-    ),
-    ("y",),
-)
 
 # -- linear maps ----------------------------------------------------------------------------------
 
@@ -312,6 +334,10 @@ def make_linear(numbers, layout, C, dtype):
 
 
 def linear_operation(bits: bool) -> Operation:
+    def arguments(layout, packed, x, **rest):
+        spikes = F.pack_spikes(x, backend="reference") if bits else x
+        return takes("spikes")(layout, packed, spikes=spikes, **rest)
+
     def call(backend, x, weight, bias, **settings):
         x = F.pack_spikes(x, backend=backend) if bits else x
         s = cast(Tensor, F.spike_linear_lif(x, weight, bias, backend=backend, **settings))
@@ -323,6 +349,8 @@ def linear_operation(bits: bool) -> Operation:
             call(backend, layout.pack(x), layout=layout, **rest),
         ),
         lambda backend, layout, x, **rest: (layout.pack(call(backend, x, **rest)),),
+        function="spike_linear_lif",
+        arguments=arguments,
     )  # fmt: skip
 
 
@@ -331,11 +359,11 @@ OPERATIONS: dict[str, Operation] = {
     "neuron from v": neuron_operation(True, kind="lif", v_reset=-0.25, surrogate="atan"),
     "neuron soft": neuron_operation(True, kind="if", v_reset=None, detach_reset=True),
     "neuron plif": neuron_operation(True, kind="plif", decay_input=False, surrogate="erf"),
-    "attention": attention_operation(F.spiking_attention, 1, False),
-    "attention sized": attention_operation(F.spiking_attention, 3, True, scale=0.25),
-    "spike-driven": attention_operation(F.spike_driven_attention, 1, False),
+    "attention": attention_operation("spiking_attention", 1, False),
+    "attention sized": attention_operation("spiking_attention", 3, True, scale=0.25),
+    "spike-driven": attention_operation("spike_driven_attention", 1, False),
     "spike-driven from state": attention_operation(
-        F.spike_driven_attention, 2, True, True, v_threshold=1.5, surrogate="super_spike"
+        "spike_driven_attention", 2, True, True, v_threshold=1.5, surrogate="super_spike"
     ),
     **{f"score {score}": scores_operation(score) for score in reference.SCORES},
     "halt rectangle": halt_operation("rectangle", False),
@@ -343,13 +371,13 @@ OPERATIONS: dict[str, Operation] = {
     "halt final": halt_operation("rectangle", True),
     "readout": readout_operation(False),
     "readout sized": readout_operation(True),
-    "counts": COUNTS,
+    "counts": operation("firing_counts", make_keys, takes("keys")),
     "match r": match_operation(r=2),
     "match threshold": match_operation(threshold=0.5),
-    "take": TAKE,
+    "take": take_operation(),
     "merge": merge_operation(False),
     "merge sized": merge_operation(True),
-    "unmerge": UNMERGE,
+    "unmerge": unmerge_operation(),
     "linear": linear_operation(False),
     "linear bits": linear_operation(True),
 }  # fmt: skip
@@ -367,31 +395,44 @@ def leaves_of(operation: Operation, inputs: Inputs) -> Inputs:
     }
 
 
+def sent(outputs: Outputs, numbers: Numbers, which: int = 3) -> tuple[Outputs, Outputs]:
+    """The results that a gradient comes back to, and random ones for them.
+
+    Of several floating-point results only those whose bit is set in ``which`` send one.
+    """
+    found = [out for out in outputs if out.is_floating_point()]
+    chosen, grads = [], []
+    for i, out in enumerate(found):
+        grad = numbers.integers(-8, 8, out.shape, bits=2).to(out.device, out.dtype)
+        if out.requires_grad and (len(found) == 1 or which >> i & 1):
+            chosen.append(out)
+            grads.append(grad)
+    return tuple(chosen), tuple(grads)
+
+
+def backward(
+    outputs: Outputs, leaves: Inputs, numbers: Numbers, which: int = 3
+) -> dict[str, Tensor]:
+    """Gradients of the leaves from random ones of the results; zeros where there is none."""
+    chosen, grads = sent(outputs, numbers, which)
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if chosen and leaves:
+        found = torch.autograd.grad(chosen, list(leaves.values()), grads, allow_unused=True)
+    return {
+        name: torch.zeros_like(x) if g is None else g
+        for (name, x), g in zip(leaves.items(), found, strict=True)
+    }
+
+
 def gradients(
     operation: Operation, form: str, backend: str, layout: TokenLayout, inputs: Inputs,
     numbers: Numbers, which: int = 3,
 ) -> tuple[Outputs, dict[str, Tensor]]:  # fmt: skip
-    """Results, and gradients of the leaves from random ones of the results.
-
-    Of several floating-point results only those whose bit is set in ``which`` send one.
-    """
+    """Results, and gradients of the leaves from random ones of the results; see :func:`sent`."""
     leaves = leaves_of(operation, inputs)
     outputs = getattr(operation, form)(backend, layout, **leaves)
-    results = [out for out in outputs if out.is_floating_point()]
-    chosen, sent = [], []
-    for i, out in enumerate(results):
-        grad = numbers.integers(-8, 8, out.shape, bits=2).to(out.dtype)
-        if out.requires_grad and (len(results) == 1 or which >> i & 1):
-            chosen.append(out)
-            sent.append(grad)
-    wanted = [leaves[name] for name in operation.leaves]
-    found: Sequence[Tensor | None] = [None] * len(wanted)
-    if chosen:
-        found = torch.autograd.grad(chosen, wanted, sent, allow_unused=True)
-    grads = {
-        name: torch.zeros_like(x) if g is None else g
-        for name, x, g in zip(operation.leaves, wanted, found, strict=True)
-    }
+    wanted = {name: leaves[name] for name in operation.leaves}
+    grads = backward(outputs, wanted, numbers, which)
     return tuple(out.detach() for out in outputs), grads
 
 
