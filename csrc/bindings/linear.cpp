@@ -1,5 +1,5 @@
 // spike_linear_lif: the engine's linear map with neurons, bits or floats in and out.
-#include "../engine/linear.h"
+#include "linear.h"
 
 #include <ATen/ops/full.h>
 
@@ -19,16 +19,15 @@ const Kernels& level_kernels() {
   return portable_kernels;
 }
 
-namespace {
-
-constexpr int64_t rows_a_task = 64;
-
-// Scratch of the calling thread, one for each worker.
 std::vector<ChunkScratch>& scratch() {
   thread_local std::vector<ChunkScratch> kept;
   kept.resize(at::get_num_threads());
   return kept;
 }
+
+namespace {
+
+constexpr int64_t rows_a_task = 64;
 
 template <class F>
 void each_row(int64_t rows, F f) {
@@ -38,7 +37,8 @@ void each_row(int64_t rows, F f) {
   });
 }
 
-// Bits [..., words] of x [..., C]; `binary` says whether x holds nothing but 0 and 1.
+}  // namespace
+
 Tensor packed(const Tensor& x, bool* binary) {
   const int64_t C = x.size(-1), W = words(C), rows = C ? x.numel() / C : 0;
   auto shape = x.sizes().vec();
@@ -54,6 +54,42 @@ Tensor packed(const Tensor& x, bool* binary) {
                             [](char a, char b) { return char(a & b); });
   return bits;
 }
+
+void check_packed(const char* op, const Tensor& weight, const Tensor& bias, int64_t outputs) {
+  TORCH_CHECK_VALUE(outputs >= 1, op, ": outputs must be at least 1, got ", outputs);
+  const int64_t K = weight.dim() == 3 ? weight.size(1) : -1;
+  check_shape(op, "the packed weight", weight, {words(outputs), K, panel});
+  check_dtype(op, "the packed weight", weight, at::kFloat);
+  check_shape(op, "the packed bias", bias, {words(outputs), panel});
+  check_dtype(op, "the packed bias", bias, at::kFloat);
+  TORCH_CHECK_VALUE(K >= 1 && K <= most_inputs, op, ": inputs must be in 1 .. ", most_inputs,
+                    ", got ", K);
+}
+
+void check_bits(const char* op, const Tensor& bits, int64_t channels) {
+  if (channels % word_bits == 0) return;
+  // A bit that is no input would be an address beyond the weights.
+  const int64_t W = words(channels), rows = bits.numel() / W;
+  const auto* at = reinterpret_cast<const uint64_t*>(read<int64_t>(bits));
+  for (int64_t r = 0; r < rows; ++r) {
+    TORCH_CHECK_VALUE((at[(r + 1) * W - 1] & ~valid_bits(channels, W - 1)) == 0, op,
+                      ": bits past the last of ", channels, " inputs must be zero, got row ", r);
+  }
+}
+
+PackedLinear& map_of(const Tensor& weight, const Tensor& bias, int64_t outputs) {
+  thread_local PackedLinear map;  // and what it holds, so that little is allocated
+  map.inputs = weight.size(1);
+  map.outputs = outputs;
+  map.weight = read<float>(weight);
+  std::copy_n(read<float>(bias), bias.numel(), map.bias.reserve(bias.numel()));
+  for (int64_t p = 0; p < map.panels(); ++p) {
+    map.valid.reserve(map.panels())[p] = valid_bits(outputs, p);
+  }
+  return map;
+}
+
+namespace {
 
 Tensor unpacked(const Tensor& bits, int64_t C) {
   auto shape = bits.sizes().vec();
@@ -117,14 +153,8 @@ std::tuple<Tensor, Tensor> spike_linear_lif(
   TORCH_CHECK_VALUE(spikes.dim() >= lead && (lead == 2 || spikes.dim() == 2), op,
                     ": spikes must have shape [T, ..., inputs] or, packed, [R, inputs], got ",
                     spikes.sizes());
-  const int64_t K = weight.dim() == 3 ? weight.size(1) : -1;
-  TORCH_CHECK_VALUE(outputs >= 1, op, ": outputs must be at least 1, got ", outputs);
-  check_shape(op, "the packed weight", weight, {words(outputs), K, panel});
-  check_dtype(op, "the packed weight", weight, at::kFloat);
-  check_shape(op, "the packed bias", bias, {words(outputs), panel});
-  check_dtype(op, "the packed bias", bias, at::kFloat);
-  TORCH_CHECK_VALUE(K >= 1 && K <= most_inputs, op, ": inputs must be in 1 .. ", most_inputs,
-                    ", got ", K);
+  check_packed(op, weight, bias, outputs);
+  const int64_t K = weight.size(1);
   const int64_t last = as_bits ? words(K) : K;
   TORCH_CHECK_VALUE(spikes.size(-1) == last, op, ": spikes must have ", last,
                     " in their last dimension, got ", spikes.sizes());
@@ -156,24 +186,11 @@ std::tuple<Tensor, Tensor> spike_linear_lif(
   if (binary) {
     in.bits = reinterpret_cast<const uint64_t*>(read<int64_t>(bits));
     in.stride = words(K);
-    if (as_bits && K % word_bits) {
-      // A bit that is no input would be an address beyond the weights.
-      for (int64_t r = 0; r < rows; ++r) {
-        TORCH_CHECK_VALUE((in.bits[(r + 1) * in.stride - 1] & ~valid_bits(K, in.stride - 1)) == 0,
-                          op, ": bits past the last of ", K, " inputs must be zero, got row ", r);
-      }
-    }
+    if (as_bits) check_bits(op, bits, K);
   } else {
     in.values = read<float>(x);
   }
-  thread_local PackedLinear map;  // and what it holds, so that little is allocated
-  map.inputs = K;
-  map.outputs = outputs;
-  map.weight = read<float>(w);
-  std::copy_n(read<float>(b), b.numel(), map.bias.reserve(b.numel()));
-  for (int64_t p = 0; p < map.panels(); ++p) {
-    map.valid.reserve(map.panels())[p] = valid_bits(outputs, p);
-  }
+  const PackedLinear& map = map_of(w, b, outputs);
   auto out_shape = spikes.sizes().vec();
   out_shape.back() = map.panels();
   Tensor out = at::empty(out_shape, spikes.options().dtype(at::kLong));

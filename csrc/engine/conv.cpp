@@ -7,7 +7,6 @@
 namespace atsnn {
 namespace {
 
-constexpr int64_t taps = 9;
 constexpr int64_t strip_rows = 512;
 // Weights of a panel that leave room in the second cache for what else is read.
 constexpr int64_t second_cache_inputs = 1024;
@@ -18,23 +17,25 @@ constexpr int64_t few_inputs = 448;
 struct Tiling {
   int64_t taps_a_tile, part;  // `part`: channels of a tile within a tap, a multiple of 64
   int64_t parts(int64_t channels) const { return (channels + part - 1) / part; }
-  int64_t tiles(int64_t channels) const { return taps / taps_a_tile * parts(channels); }
+  int64_t tiles(int64_t taps, int64_t channels) const {
+    return taps / taps_a_tile * parts(channels);
+  }
 };
 
 Tiling whole_taps(int64_t n, int64_t channels) { return {n, words(channels) * word_bits}; }
 
-Tiling tiling(double rate, int64_t channels) {
+Tiling tiling(double rate, const Window& window, int64_t channels) {
   const bool tiled = rate >= first_cache_rate;
   if (tiled && channels > first_cache_inputs) {
     return {1, tile_inputs(channels, first_cache_inputs)};
   }
-  for (int64_t n : {9, 3}) {
+  for (int64_t n : {window.taps(), window.kernel_x}) {
     if (n * channels <= (tiled ? few_inputs : second_cache_inputs)) return whole_taps(n, channels);
   }
   return whole_taps(1, channels);
 }
 
-// A piece of one image: rows of pixels, and the pixels around them.
+// A piece of one image: rows of pixels of the output.
 struct Strip {
   int64_t image, top, bottom;
 };
@@ -49,8 +50,8 @@ class BitListing {
         begin_(begin),
         steps_(end - begin),
         stride_(words(a.channels)),
-        above_(std::max<int64_t>(strip.top - 1, 0)),
-        around_((std::min(strip.bottom + 1, a.height) - above_) * a.width) {}
+        above_(std::max<int64_t>(strip.top * a.window.stride_y - a.window.pad_y, 0)),
+        around_(std::max<int64_t>(below() - above_, 0) * a.width) {}
 
   // The share of inputs that fire.
   double rate() const {
@@ -60,22 +61,27 @@ class BitListing {
     return places ? double(entries) / places : 0.0;
   }
 
-  // Returns the number of spikes in the strip.
+  // Returns the number of spikes in the strip, where output and input are of one size.
   double list(const Tiling& tile, ChunkScratch& s, Lists& lists) {
     find(tile, s);
     double input = 0;
+    const Window& w = a_.window;
+    const int64_t centre = w.pad_y * w.kernel_x + w.pad_x, width = w.width(a_.width);
     for (int64_t y = strip_.top; y < strip_.bottom; ++y) {
-      for (int64_t x = 0; x < a_.width; ++x) {
+      for (int64_t x = 0; x < width; ++x) {
         // Whether each neighbour is inside, and where its spikes are listed.
-        int64_t at[taps];
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t ny = y + tap / 3 - 1, nx = x + tap % 3 - 1;
+        int64_t at[most_taps];
+        for (int64_t tap = 0; tap < w.taps(); ++tap) {
+          const int64_t ny = y * w.stride_y - w.pad_y + tap / w.kernel_x;
+          const int64_t nx = x * w.stride_x - w.pad_x + tap % w.kernel_x;
           const bool inside = ny >= 0 && ny < a_.height && nx >= 0 && nx < a_.width;
           at[tap] = inside ? ((ny - above_) * a_.width + nx) * parts_ : -1;
         }
         for (int64_t t = 0; t < steps_; ++t) {
           const uint32_t* found = s.found.data() + t * around_ * parts_;
-          input += found[at[4] + parts_] - found[at[4]];
+          if (centre < w.taps() && at[centre] >= 0) {
+            input += found[at[centre] + parts_] - found[at[centre]];
+          }
           parts_ == 1 ? list_taps(found, at, tile.taps_a_tile, s.part.data(), lists)
                       : list_parts(found, at, s.part.data(), lists);
         }
@@ -85,12 +91,18 @@ class BitListing {
   }
 
  private:
+  // The row of the input past the last that the strip reads.
+  int64_t below() const {
+    const Window& w = a_.window;
+    return std::min((strip_.bottom - 1) * w.stride_y - w.pad_y + w.kernel_y, a_.height);
+  }
+
   const uint64_t* word(int64_t t, int64_t pixel) const {
     const int64_t first = ((begin_ + t) * a_.B + strip_.image) * a_.height * a_.width;
     return a_.bits + (first + above_ * a_.width + pixel) * stride_;
   }
 
-  // The spikes of each pixel, once; a pixel is a neighbour of nine.
+  // The spikes of each pixel, once; a pixel is a neighbour of many.
   void find(const Tiling& tile, ChunkScratch& s) {
     parts_ = tile.parts(a_.channels);
     uint32_t* found = s.found.data();
@@ -111,7 +123,7 @@ class BitListing {
   void list_taps(const uint32_t* found, const int64_t* at, int64_t taps_a_tile,
                  const uint16_t* part, Lists& lists) const {
     int64_t left = taps_a_tile;
-    for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
       if (at[tap] >= 0) {
         const uint32_t* f = found + at[tap];
         lists.append(part + f[0], f[1] - f[0], tap * a_.channels);
@@ -125,7 +137,7 @@ class BitListing {
 
   void list_parts(const uint32_t* found, const int64_t* at, const uint16_t* part,
                   Lists& lists) const {
-    for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
       for (int64_t i = 0; i < parts_; ++i) {
         if (at[tap] >= 0) {
           const uint32_t* f = found + at[tap] + i;
@@ -147,17 +159,21 @@ class BitListing {
 double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end,
                    float* patch, Lists& lists) {
   double input = 0;
+  const Window& w = a.window;
+  const int64_t taps = w.taps(), centre = w.pad_y * w.kernel_x + w.pad_x;
+  const int64_t width = w.width(a.width);
   for (int64_t y = strip.top; y < strip.bottom; ++y) {
-    for (int64_t x = 0; x < a.width; ++x) {
+    for (int64_t x = 0; x < width; ++x) {
       for (int64_t t = begin; t < end; ++t) {
         const float* image = a.images + (t * a.B + strip.image) * a.channels * a.height * a.width;
         for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t ny = y + tap / 3 - 1, nx = x + tap % 3 - 1;
+          const int64_t ny = y * w.stride_y - w.pad_y + tap / w.kernel_x;
+          const int64_t nx = x * w.stride_x - w.pad_x + tap % w.kernel_x;
           const bool inside = ny >= 0 && ny < a.height && nx >= 0 && nx < a.width;
           for (int64_t c = 0; c < a.channels; ++c) {
             const float value = inside ? image[(c * a.height + ny) * a.width + nx] : 0.0f;
             patch[tap * a.channels + c] = value;
-            if (tap == 4) input += value;
+            if (tap == centre) input += value;
           }
         }
         lists.add_floats(k, patch, taps * a.channels, 0);
@@ -171,7 +187,8 @@ double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begi
 // `rows` of the lists are the pixels of the strip times the timesteps.
 Lists list_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end,
                  ChunkScratch& s) {
-  const int64_t rows = (strip.bottom - strip.top) * a.width * (end - begin);
+  const int64_t rows = (strip.bottom - strip.top) * a.window.width(a.width) * (end - begin);
+  const int64_t taps = a.window.taps();
   if (a.images) {
     Lists lists(s, rows, taps * a.channels, 1, true);
     s.counted.input += list_floats(a, k, strip, begin, end, s.patch.data(), lists);
@@ -179,17 +196,18 @@ Lists list_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin,
     return lists;
   }
   BitListing listing(a, k, strip, begin, end);
-  const Tiling tile = tiling(listing.rate(), a.channels);
-  Lists lists(s, rows, taps * a.channels, tile.tiles(a.channels), false);
+  const Tiling tile = tiling(listing.rate(), a.window, a.channels);
+  Lists lists(s, rows, taps * a.channels, tile.tiles(taps, a.channels), false);
   s.counted.input += listing.list(tile, s, lists);
   lists.sort();
   return lists;
 }
 
-// Memory for strips of so many rows of pixels.
+// Memory for strips of so many rows of pixels of the output.
 void reserve(const ConvLif& a, int64_t rows, int64_t steps, ChunkScratch& s) {
-  const int64_t pixels = rows * a.width, around = (rows + 2) * a.width;
-  const int64_t parts = words(a.channels);
+  const Window& w = a.window;
+  const int64_t pixels = rows * w.width(a.width), taps = w.taps(), parts = words(a.channels);
+  const int64_t around = std::min((rows - 1) * w.stride_y + w.kernel_y, a.height) * a.width;
   Lists::reserve(s, pixels * steps, taps * a.channels, taps * parts, a.images != nullptr);
   if (a.images) {
     s.patch.reserve(taps * a.channels);
@@ -241,7 +259,8 @@ void pool_sums(const float* sums, int64_t height, int64_t width, float* out) {
 void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin, int64_t end,
                 ChunkScratch& s) {
   const PackedLinear& map = *a.map;
-  const int64_t pixels = halved(a.height) * halved(a.width);
+  const int64_t height = a.window.height(a.height), width = a.window.width(a.width);
+  const int64_t pixels = halved(height) * halved(width);
   float* const pooled = s.room.data();
   float* const membranes = pooled + pixels * panel;
   const int64_t shown = a.still ? a.T : 1;
@@ -250,11 +269,11 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
     std::fill_n(membranes, (end - begin) * pixels * panel, static_cast<float>(a.neuron.v_reset));
   }
   for (int64_t t = 0; t < (a.still ? 1 : a.T); ++t) {
-    const Lists lists = list_strip(a, k, {image, 0, a.height}, t, t + 1, s);
+    const Lists lists = list_strip(a, k, {image, 0, height}, t, t + 1, s);
     set_columns(a, image, pixels, 0, pixels, t, shown, s);
     for (int64_t p = begin; p < end; ++p) {
       lists.run(k, map, p, s.acc.data());
-      pool_sums(s.acc.data(), a.height, a.width, pooled);
+      pool_sums(s.acc.data(), height, width, pooled);
       for (int64_t i = 0; !a.state && i < pixels; ++i) {
         s.state.data()[i] = membranes + ((p - begin) * pixels + i) * panel;
       }
@@ -272,11 +291,16 @@ void run_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t first, i
                ChunkScratch& s) {
   const PackedLinear& map = *a.map;
   const double input = s.counted.input;
-  const int64_t begin = strip.top * a.width, end = strip.bottom * a.width;
+  const int64_t width = a.window.width(a.width), pixels = a.window.height(a.height) * width;
+  const int64_t begin = strip.top * width, end = strip.bottom * width;
   const Lists lists = list_strip(a, k, strip, 0, a.still ? 1 : a.T, s);
-  set_columns(a, strip.image, a.height * a.width, begin, end, 0, a.T, s);
+  set_columns(a, strip.image, pixels, begin, end, 0, a.T, s);
   for (int64_t p = first; p < last; ++p) {
     lists.run(k, map, p, s.acc.data());
+    if (a.sums) {
+      write_sums(s.acc.data(), s.row.data(), (end - begin) * a.T, map, p, pixels, a.sums);
+      continue;
+    }
     s.counted.spikes[0] +=
         k.fire({s.acc.data(), a.still, s.first.data(), s.row.data(), end - begin, a.out + p,
                 map.panels(), map.valid.data()[p], a.state ? s.state.data() : nullptr, p * panel},
@@ -289,12 +313,13 @@ void run_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t first, i
 
 Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratch>& scratch) {
   const int threads = static_cast<int>(scratch.size());
-  if (a.B == 0 || a.T == 0) return {};
+  const int64_t height = a.window.height(a.height), width = a.window.width(a.width);
+  if (a.B == 0 || a.T == 0 || height <= 0 || width <= 0) return {};
   if (a.pool) {
-    const int64_t pixels = halved(a.height) * halved(a.width);
+    const int64_t pixels = halved(height) * halved(width);
     const int64_t panels = a.map->panels(), shares = shares_of(a.B, panels, threads);
     for (ChunkScratch& s : scratch) {
-      reserve(a, a.height, 1, s);
+      reserve(a, height, 1, s);
       s.room.reserve((1 + (panels + shares - 1) / shares) * pixels * panel);
     }
     parallel(threads, a.B * shares, [&](int64_t item, int thread) {
@@ -304,13 +329,13 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     });
   } else {
     const int64_t steps = a.still ? 1 : a.T;
-    const int64_t rows = std::clamp<int64_t>(strip_rows / (a.width * steps), 1, a.height);
-    const int64_t strips = (a.height + rows - 1) / rows, panels = a.map->panels();
+    const int64_t rows = std::clamp<int64_t>(strip_rows / (width * steps), 1, height);
+    const int64_t strips = (height + rows - 1) / rows, panels = a.map->panels();
     const int64_t shares = shares_of(a.B * strips, panels, threads);
     for (ChunkScratch& s : scratch) reserve(a, rows, steps, s);
     parallel(threads, a.B * strips * shares, [&](int64_t item, int thread) {
       const int64_t share = item % shares, strip = item / shares % strips, top = strip * rows;
-      run_strip(a, k, {item / shares / strips, top, std::min(top + rows, a.height)},
+      run_strip(a, k, {item / shares / strips, top, std::min(top + rows, height)},
                 panels * share / shares, panels * (share + 1) / shares, scratch[thread]);
     });
   }
@@ -320,19 +345,22 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
 }
 
 void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width, int64_t stride,
-               uint64_t* out, int threads) {
-  const int64_t h = halved(height), w = halved(width);
+               const Window& window, uint64_t* out, int threads) {
+  const int64_t h = window.height(height), w = window.width(width);
   parallel(threads, maps, [&](int64_t map, int) {
     const uint64_t* in = bits + map * height * width * stride;
     uint64_t* to = out + map * h * w * stride;
     for (int64_t y = 0; y < h; ++y) {
-      const int64_t top = std::max<int64_t>(2 * y - 1, 0), bottom = std::min(2 * y + 1, height - 1);
+      const int64_t first_y = y * window.stride_y - window.pad_y;
+      const int64_t top = std::max<int64_t>(first_y, 0);
+      const int64_t bottom = std::min(first_y + window.kernel_y, height);
       for (int64_t x = 0; x < w; ++x, to += stride) {
-        const int64_t left = std::max<int64_t>(2 * x - 1, 0),
-                      right = std::min(2 * x + 1, width - 1);
+        const int64_t first_x = x * window.stride_x - window.pad_x;
+        const int64_t left = std::max<int64_t>(first_x, 0);
+        const int64_t right = std::min(first_x + window.kernel_x, width);
         std::fill_n(to, stride, uint64_t(0));
-        for (int64_t ny = top; ny <= bottom; ++ny) {
-          for (int64_t nx = left; nx <= right; ++nx) {
+        for (int64_t ny = top; ny < bottom; ++ny) {
+          for (int64_t nx = left; nx < right; ++nx) {
             const uint64_t* from = in + (ny * width + nx) * stride;
             for (int64_t i = 0; i < stride; ++i) to[i] |= from[i];
           }

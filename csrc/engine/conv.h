@@ -1,4 +1,4 @@
-// Spikformer's stem in bits: 3x3 convolutions (stride 1, padding 1), pooling, neurons.
+// Convolutions of bits, pooling, neurons.
 #pragma once
 
 #include <vector>
@@ -6,6 +6,18 @@
 #include "linear.h"
 
 namespace atsnn {
+
+// Where a convolution, or pooling, looks: pixel (y, x) of its output reads pixels
+// (y * stride_y - pad_y + ky, x * stride_x - pad_x + kx) of its input. Spikformer's as it stands.
+struct Window {
+  int64_t kernel_y = 3, kernel_x = 3, stride_y = 1, stride_x = 1, pad_y = 1, pad_x = 1;
+
+  int64_t taps() const { return kernel_y * kernel_x; }
+  int64_t height(int64_t input) const { return (input + 2 * pad_y - kernel_y) / stride_y + 1; }
+  int64_t width(int64_t input) const { return (input + 2 * pad_x - kernel_x) / stride_x + 1; }
+};
+
+constexpr int64_t most_taps = 64;
 
 // A convolution, then neurons. Maps are rows of pixels in the order (t, b, y, x).
 struct ConvLif {
@@ -16,16 +28,19 @@ struct ConvLif {
   bool pool;                // sums are pooled (max, 3x3, stride 2, padding 1) before the neurons
   const PackedLinear* map;  // inputs (ky, kx, channel)
   NeuronParams neuron;
-  uint64_t* out;  // rows of words(outputs)
-  float* state;   // [B, pixels, outputs], read and written; null: at rest
+  uint64_t* out;          // rows of words(outputs)
+  float* state;           // [B, pixels, outputs], read and written; null: at rest
+  Window window = {};     // of at most `most_taps`
+  float* sums = nullptr;  // [T, B, outputs, pixels]: the sums themselves, neither pooled nor fired
 };
 
 constexpr int64_t halved(int64_t size) { return (size + 1) / 2; }
 
 Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratch>& scratch);
 
-// out = the OR of bits over 3x3, stride 2, padding 1, for `maps` maps.
+// out = the OR of bits over a window, for `maps` maps.
 void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width, int64_t stride,
-               uint64_t* out, int threads);
+               const Window& window, uint64_t* out, int threads);
+constexpr Window halving = {3, 3, 2, 2, 1, 1};
 
 }  // namespace atsnn

@@ -227,7 +227,7 @@ class Pass {
       if (halves && c_.pool_spikes) {
         uint64_t* pooled =
             i == 3 ? ws_.tokens.reserve(T_ * B_ * N_ * W_) : ws_.map[(i + 1) % 2].data();
-        pool_bits(out, T_ * B_, side, side, words(map.outputs), pooled, threads());
+        pool_bits(out, T_ * B_, side, side, words(map.outputs), halving, pooled, threads());
         // The next layer must not write where it reads.
         if (i < 3) std::swap(ws_.map[0], ws_.map[1]);
         out = pooled;

@@ -519,6 +519,52 @@ void unpack(const uint64_t* bits, int64_t n, float* x) {
   if (whole < n) std::memcpy(x + whole, last, (n - whole) * sizeof(float));
 }
 
+// Pixels at a time between maps of channels and rows of pixels: their words stay in registers.
+constexpr int64_t pixel_block = 64;
+
+bool pack_pixels(const float* x, int64_t channels, int64_t pixels, int64_t begin, int64_t end,
+                 uint64_t* bits) {
+  const int64_t stride = words(channels);
+  uint64_t others = 0;
+  for (int64_t p = begin; p < end; p += pixel_block) {
+    const int64_t n = std::min(end - p, pixel_block);
+    for (int64_t w = 0; w < stride; ++w) {
+      uint64_t word[pixel_block] = {}, other[pixel_block] = {};
+      const int64_t left = std::min(channels - w * word_bits, word_bits);
+      for (int64_t c = 0; c < left; ++c) {
+        const float* row = x + (w * word_bits + c) * pixels + p;
+        for (int64_t i = 0; i < n; ++i) {
+          const uint64_t some = row[i] != 0;
+          word[i] |= some << c;
+          other[i] |= some & uint64_t(row[i] != 1);
+        }
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        bits[(p + i) * stride + w] = word[i];
+        others |= other[i];
+      }
+    }
+  }
+  return others == 0;
+}
+
+void unpack_pixels(const uint64_t* bits, int64_t channels, int64_t pixels, int64_t begin,
+                   int64_t end, float* x) {
+  const int64_t stride = words(channels);
+  for (int64_t p = begin; p < end; p += pixel_block) {
+    const int64_t n = std::min(end - p, pixel_block);
+    for (int64_t w = 0; w < stride; ++w) {
+      uint64_t word[pixel_block];
+      for (int64_t i = 0; i < n; ++i) word[i] = bits[(p + i) * stride + w];
+      const int64_t left = std::min(channels - w * word_bits, word_bits);
+      for (int64_t c = 0; c < left; ++c) {
+        float* row = x + (w * word_bits + c) * pixels + p;
+        for (int64_t i = 0; i < n; ++i) row[i] = (word[i] >> c) & 1 ? 1.0f : 0.0f;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 #define ATSNN_KERNELS_(LEVEL) LEVEL##_kernels
@@ -541,6 +587,8 @@ const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
     ATSNN_LEVEL::list_floats,
     ATSNN_LEVEL::pack,
     ATSNN_LEVEL::unpack,
+    ATSNN_LEVEL::pack_pixels,
+    ATSNN_LEVEL::unpack_pixels,
     ATSNN_LEVEL::scores_forward<float>,
     ATSNN_LEVEL::scores_forward<uint8_t>,
     ATSNN_LEVEL::readout_forward<float>,

@@ -115,6 +115,11 @@ struct Kernels {
   bool (*pack)(const float* x, int64_t n, uint64_t* bits);
   // n values, 1 or 0.
   void (*unpack)(const uint64_t* bits, int64_t n, float* x);
+  // The same of pixels [begin, end) of maps x [channels, pixels]: bits are rows of pixels.
+  bool (*pack_pixels)(const float* x, int64_t channels, int64_t pixels, int64_t begin, int64_t end,
+                      uint64_t* bits);
+  void (*unpack_pixels)(const uint64_t* bits, int64_t channels, int64_t pixels, int64_t begin,
+                        int64_t end, float* x);
   // The row kernels that the operators run too (rows.h).
   void (*scores)(const Scores<float>&, float* h, int64_t begin, int64_t end);
   void (*scores_of_bytes)(const Scores<uint8_t>&, float* h, int64_t begin, int64_t end);

@@ -135,6 +135,20 @@ void Lists::run(const Kernels& k, const PackedLinear& map, int64_t p, float* acc
   }
 }
 
+void write_sums(const float* acc, const int32_t* row, int64_t n, const PackedLinear& map, int64_t p,
+                int64_t pixels, float* to) {
+  const int64_t outputs = map.panel_outputs(p);
+  for (int64_t i = 0; i < n; ++i, acc += panel) {
+    if (pixels == 1) {
+      std::copy_n(acc, outputs, to + row[i] * map.outputs + p * panel);
+      continue;
+    }
+    const int64_t image = row[i] / pixels, pixel = row[i] % pixels;
+    float* at = to + (image * map.outputs + p * panel) * pixels + pixel;
+    for (int64_t o = 0; o < outputs; ++o) at[o * pixels] = acc[o];
+  }
+}
+
 namespace {
 
 // About how many inputs of these rows of integers or floats are not zero.
@@ -265,6 +279,10 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
       if (many) {
         k.add_groups({map.panel_outputs(p), C, map.panel_weight(p), s.many_bits.data(),
                       s.code.data(), s.many.data(), many, map.panel_bias(p), acc, s.table.data()});
+      }
+      if (a.sums) {
+        write_sums(acc, row, n, map, p, 1, a.sums);
+        continue;
       }
       s.counted.spikes[p * a.groups / map.panels()] +=
           k.fire({acc, false, first, row, end - begin, a.out + p, map.panels(), map.valid.data()[p],

@@ -191,7 +191,13 @@ struct LinearLif {
   uint64_t* out;           // [R, panels]
   float* state;            // [B, N, outputs], read and written; null: at rest
   int64_t groups = 1;      // outputs that are counted apart: so many equal runs of panels
+  float* sums = nullptr;   // [R, outputs]: the sums themselves, without neurons
 };
+
+// Sums [n, panel] of one panel to the rows row[i] of `to`, which has rows of all outputs, or maps
+// [outputs, pixels] of so many rows each.
+void write_sums(const float* acc, const int32_t* row, int64_t n, const PackedLinear& map, int64_t p,
+                int64_t pixels, float* to);
 
 // One scratch for each thread.
 Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkScratch>& scratch);

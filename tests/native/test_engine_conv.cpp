@@ -6,25 +6,38 @@
 namespace atsnn {
 namespace {
 
-// Calls f(y, x) for the pixels around a centre that exist.
+// Calls f(y, x, tap) for the pixels of the window of output pixel (y, x) that exist.
 template <class F>
-void each_neighbour(int64_t y, int64_t x, int64_t height, int64_t width, F f) {
-  for (int64_t ny = y - 1; ny <= y + 1; ++ny) {
-    for (int64_t nx = x - 1; nx <= x + 1; ++nx) {
-      if (ny >= 0 && ny < height && nx >= 0 && nx < width) f(ny, nx);
-    }
+void each_pixel(const Window& w, int64_t y, int64_t x, int64_t height, int64_t width, F f) {
+  for (int64_t tap = 0; tap < w.taps(); ++tap) {
+    const int64_t ny = y * w.stride_y - w.pad_y + tap / w.kernel_x;
+    const int64_t nx = x * w.stride_x - w.pad_x + tap % w.kernel_x;
+    if (ny >= 0 && ny < height && nx >= 0 && nx < width) f(ny, nx, tap);
   }
 }
 
+// Spikformer's window half of the time, else any that fits.
+Window random_window(Random& random, int64_t height, int64_t width, const Window& usual) {
+  if (random.chance(0.5)) return usual;
+  Window w;
+  do {
+    w = {random.between(1, 4), random.between(1, 4), random.between(1, 3),
+         random.between(1, 3), random.between(0, 2), random.between(0, 2)};
+  } while (w.height(height) < 1 || w.width(width) < 1 || height + 2 * w.pad_y < w.kernel_y ||
+           width + 2 * w.pad_x < w.kernel_x);
+  return w;
+}
+
 void check_pool(Random& random, uint64_t seed, int64_t maps, int64_t height, int64_t width) {
-  const int64_t h = halved(height), w = halved(width), channels = random.between(1, 130);
-  const int64_t stride = words(channels);
+  const Window window = random_window(random, height, width, halving);
+  const int64_t h = window.height(height), w = window.width(width);
+  const int64_t channels = random.between(1, 130), stride = words(channels);
   const auto bits =
       random_bits(random, maps * height * width, channels, random_rate(random), stride);
   std::vector<uint64_t> want(maps * h * w * stride);
   for (int64_t i = 0; i < maps * h * w; ++i) {
     const int64_t map = i / (h * w), y = i / w % h, x = i % w;
-    each_neighbour(2 * y, 2 * x, height, width, [&](int64_t ny, int64_t nx) {
+    each_pixel(window, y, x, height, width, [&](int64_t ny, int64_t nx, int64_t) {
       for (int64_t j = 0; j < stride; ++j) {
         want[i * stride + j] |= bits[((map * height + ny) * width + nx) * stride + j];
       }
@@ -32,7 +45,7 @@ void check_pool(Random& random, uint64_t seed, int64_t maps, int64_t height, int
   }
   describe("pool_bits, seed " + std::to_string(seed));
   Array<uint64_t> out(want.size());
-  pool_bits(bits.data(), maps, height, width, stride, out.data(), 1);
+  pool_bits(bits.data(), maps, height, width, stride, window, out.data(), 1);
   CHECK_SAME(out, want);
 }
 
@@ -51,8 +64,14 @@ void check_conv(uint64_t seed) {
                       : random.pick<int64_t>({1, 3, 16, 49, 50, 64, 100, 149, 150, 200, 400});
     outputs = random.pick<int64_t>({1, 3, 16, 33, 64, 65, 130});
   } while (T * B * height * width * channels * outputs > 400000);
+  const Window window = random_window(random, height, width, {});
+  const bool same = window.stride_y == 1 && window.stride_x == 1 &&
+                    window.kernel_y == 2 * window.pad_y + 1 &&
+                    window.kernel_x == 2 * window.pad_x + 1;
   const int64_t shown_steps = still ? 1 : T, pixels = height * width;
-  const int64_t h = pool ? halved(height) : height, w = pool ? halved(width) : width;
+  const int64_t full_h = window.height(height), full_w = window.width(width);
+  const int64_t places = full_h * full_w;
+  const int64_t h = pool ? halved(full_h) : full_h, w = pool ? halved(full_w) : full_w;
   Array<float> images(floats ? shown_steps * B * channels * pixels : 0);
   for (int64_t i = 0; i < images.size(); ++i) {
     images[i] = random.chance(0.1) ? 0 : random.between(-16, 16) * 0x1p-3f;
@@ -61,7 +80,7 @@ void check_conv(uint64_t seed) {
   if (!floats) {
     bits = random_bits(random, T * B * pixels, channels, random_rate(random), words(channels));
   }
-  const Map map(random, outputs, 9 * channels);
+  const Map map(random, outputs, window.taps() * channels);
   const NeuronParams p = random_neuron(random);
   const auto start = random_state(random, random.chance(0.5), B * h * w * outputs);
 
@@ -70,18 +89,17 @@ void check_conv(uint64_t seed) {
     return images[(((t * B + b) * channels + c) * height + y) * width + x];
   };
   Counted counted;
-  std::vector<float> sums(shown_steps * B * pixels * outputs);
-  for (int64_t i = 0; i < shown_steps * B * pixels; ++i) {
-    const int64_t t = i / (B * pixels), b = i / pixels % B, y = i / width % height, x = i % width;
+  std::vector<float> sums(shown_steps * B * places * outputs);
+  for (int64_t i = 0; i < shown_steps * B * places; ++i) {
+    const int64_t t = i / (B * places), b = i / places % B, y = i / full_w % full_h, x = i % full_w;
     float* sum = sums.data() + i * outputs;
     std::copy(map.bias.begin(), map.bias.end(), sum);
-    each_neighbour(y, x, height, width, [&](int64_t ny, int64_t nx) {
-      const int64_t tap = (ny - y + 1) * 3 + nx - x + 1;
+    each_pixel(window, y, x, height, width, [&](int64_t ny, int64_t nx, int64_t tap) {
       for (int64_t c = 0; c < channels; ++c) {
         map.add(tap * channels + c, input(t, b, c, ny, nx), sum);
       }
     });
-    for (int64_t c = 0; c < channels; ++c) counted.input += input(t, b, c, y, x);
+    for (int64_t c = 0; same && c < channels; ++c) counted.input += input(t, b, c, y, x);
   }
   const int64_t W = words(outputs);
   std::vector<uint64_t> want(T * B * h * w * W);
@@ -89,12 +107,13 @@ void check_conv(uint64_t seed) {
       start.size() ? copied(start) : std::vector<float>(B * h * w * outputs, float(p.v_reset));
   for (int64_t i = 0; i < T * B * h * w; ++i) {
     const int64_t t = still ? 0 : i / (B * h * w), b = i / (h * w) % B, y = i / w % h, x = i % w;
-    const float* image = sums.data() + (t * B + b) * pixels * outputs;
+    const float* image = sums.data() + (t * B + b) * places * outputs;
     for (int64_t o = 0; o < outputs; ++o) {
-      float sum = pool ? -std::numeric_limits<float>::infinity() : image[(y * w + x) * outputs + o];
+      float sum =
+          pool ? -std::numeric_limits<float>::infinity() : image[(y * full_w + x) * outputs + o];
       if (pool) {
-        each_neighbour(2 * y, 2 * x, height, width, [&](int64_t ny, int64_t nx) {
-          sum = std::max(sum, image[(ny * width + nx) * outputs + o]);
+        each_pixel(halving, y, x, full_h, full_w, [&](int64_t ny, int64_t nx, int64_t) {
+          sum = std::max(sum, image[(ny * full_w + nx) * outputs + o]);
         });
       }
       if (!neuron_step(p, sum, v[i % (B * h * w) * outputs + o])) continue;
@@ -103,11 +122,14 @@ void check_conv(uint64_t seed) {
     }
   }
   v.resize(start.size());
-  const std::string name = "T = " + std::to_string(T) + ", B = " + std::to_string(B) + ", " +
-                           std::to_string(height) + " x " + std::to_string(width) + ", " +
-                           std::to_string(channels) + " -> " + std::to_string(outputs) +
-                           (floats ? still ? ", still" : ", floats" : ", bits") +
-                           (pool ? ", pooled" : "");
+  const std::string name =
+      "T = " + std::to_string(T) + ", B = " + std::to_string(B) + ", " + std::to_string(height) +
+      " x " + std::to_string(width) + ", " + std::to_string(channels) + " -> " +
+      std::to_string(outputs) + (floats ? still ? ", still" : ", floats" : ", bits") +
+      (pool ? ", pooled" : "") + ", window " + std::to_string(window.kernel_y) + " x " +
+      std::to_string(window.kernel_x) + " / " + std::to_string(window.stride_y) + " " +
+      std::to_string(window.stride_x) + " + " + std::to_string(window.pad_y) + " " +
+      std::to_string(window.pad_x);
   each_kernels("conv", seed, name, [&](const Kernels& k) {
     std::vector<ChunkScratch> threads(random.pick({1, 1, 2, 5}));
     ConvLif a{floats ? images.data() : nullptr,
@@ -122,7 +144,8 @@ void check_conv(uint64_t seed) {
               &map.packed,
               p,
               nullptr,
-              nullptr};
+              nullptr,
+              window};
     Array<uint64_t> out(want.size());
     Array<float> state(copied(start));
     a.out = out.data();
@@ -131,8 +154,24 @@ void check_conv(uint64_t seed) {
     CHECK_SAME(out, want);
     CHECK_SAME(state, v);
     if (T * B == 0) return;
-    CHECK(got.input == counted.input);
+    if (same) CHECK(got.input == counted.input);
     CHECK(got.spikes[0] == counted.spikes[0]);
+
+    // The sums themselves.
+    if (!pool && !still) {
+      Array<float> plain(sums.size());
+      std::vector<float> want_sums(sums.size());
+      for (size_t i = 0; i < sums.size(); ++i) {
+        const int64_t row = i / outputs, o = i % outputs;
+        want_sums[(row / places * outputs + o) * places + row % places] = sums[i];
+      }
+      ConvLif without = a;
+      without.out = nullptr;
+      without.state = nullptr;
+      without.sums = plain.data();
+      run_conv_lif(without, k, threads);
+      CHECK_SAME(plain, want_sums);
+    }
 
     // The same a timestep at a time.
     if (v.empty()) return;

@@ -75,6 +75,7 @@ void check_linear(uint64_t seed) {
   const auto start = random_state(random, random.chance(0.5), B * N * packed.outputs);
 
   std::vector<uint64_t> want(cells.rows * panels);
+  std::vector<float> want_sums(groups == 1 ? cells.rows * outputs : 0);
   std::vector<float> want_state = copied(start);
   Counted counted;
   std::vector<float> rest(want_state.empty() ? B * N * packed.outputs : 0, float(p.v_reset));
@@ -88,6 +89,7 @@ void check_linear(uint64_t seed) {
       } else {
         for (int64_t i = 0; i < inputs; ++i) maps[g].add(i, x.at(row, i), sums.data());
       }
+      if (groups == 1) std::copy(sums.begin(), sums.end(), want_sums.data() + row * outputs);
       for (int64_t o = 0; o < outputs; ++o) {
         const int64_t at = g * part * panel + o;
         if (!neuron_step(p, sums[o], v[(b * N + token) * packed.outputs + at])) continue;
@@ -113,6 +115,13 @@ void check_linear(uint64_t seed) {
     CHECK_SAME(state, want_state);
     CHECK(got.input == counted.input);
     for (int g = 0; g < 3; ++g) CHECK(got.spikes[g] == counted.spikes[g]);
+    if (groups == 1) {
+      Array<float> sums(want_sums.size());
+      run_linear_lif(
+          {x.input(0), &packed, p, cells.layout(), &columns, nullptr, nullptr, 1, sums.data()}, k,
+          threads);
+      CHECK_SAME(sums, want_sums);
+    }
 
     // The same a timestep at a time, with scratch that other shapes have used.
     if (want_state.empty()) return;

@@ -80,6 +80,39 @@ void check_lists(uint64_t seed) {
   for (int64_t i = 0; i < n; ++i) CHECK(floats[i] == want_floats[i]);
 }
 
+// Maps of channels to rows of pixels and back, in two parts.
+static void check_pixels(uint64_t seed) {
+  Random random(seed);
+  const int64_t channels = random.between(1, 140),
+                pixels = random.pick<int64_t>({1, 5, 64, 70, 150});
+  const int64_t stride = words(channels), half = random.between(0, pixels);
+  const auto bits = random_bits(random, pixels, channels, random_rate(random), stride);
+  Array<float> maps(channels * pixels);
+  for (int64_t i = 0; i < maps.size(); ++i) {
+    maps[i] = bit_at(bits, stride, i % pixels, i / pixels);
+  }
+  const int64_t odd = random.chance(0.5) ? random.between(0, maps.size() - 1) : -1;
+  each_kernels("pixels", seed, std::to_string(channels) + " x " + std::to_string(pixels),
+               [&](const Kernels& k) {
+                 Array<float> back(maps.size());
+                 k.unpack_pixels(bits.data(), channels, pixels, 0, half, back.data());
+                 k.unpack_pixels(bits.data(), channels, pixels, half, pixels, back.data());
+                 CHECK_SAME(back, copied(maps));
+                 // One value that is no spike is told, where it is no zero.
+                 if (odd >= 0 && back[odd] != 0) back[odd] = 2;
+                 const bool binary = odd < 0 || back[odd] == 0;
+                 Array<uint64_t> found(bits.size());
+                 bool all = k.pack_pixels(back.data(), channels, pixels, 0, half, found.data());
+                 all &= k.pack_pixels(back.data(), channels, pixels, half, pixels, found.data());
+                 CHECK_SAME(found, copied(bits));
+                 CHECK(all == binary);
+               });
+}
+
+TEST(engine_pixels) {
+  for (uint64_t seed = 0; seed < 500; ++seed) check_pixels(seed);
+}
+
 TEST(engine_lists) {
   for (uint64_t seed = 0; seed < 2000; ++seed) check_lists(seed);
 }

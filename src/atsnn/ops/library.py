@@ -82,6 +82,23 @@ pack_linear(Tensor weight, Tensor? bias) -> (Tensor, Tensor)
 spike_linear_lif({LINEAR}) -> (Tensor, Tensor)
 """
 
+# Convolutions and linear maps of bits, for layers that were not made for it (atsnn.dropin): on the
+# CPU, in inference. Bits are channels-last maps, ``window`` is kernel, stride and padding, (y, x).
+EVENTS = """
+pack_counted(Tensor x) -> (Tensor, int, bool)
+pack_maps(Tensor x) -> (Tensor, int, bool)
+unpack_maps(Tensor bits, int channels) -> Tensor
+spike_linear(Tensor spikes, Tensor weight, Tensor bias, int outputs) -> Tensor
+spike_conv(Tensor bits, Tensor weight, Tensor bias, int outputs, int[] window) -> Tensor
+spike_conv_lif(Tensor maps, Tensor weight, Tensor bias, Tensor? v, int outputs, int[] window, \
+bool pool, int still, str kind, float tau, float? inv_tau, float v_threshold, float? v_reset, \
+bool decay_input) -> (Tensor, Tensor, int)
+pool_spikes(Tensor bits, int[] window) -> (Tensor, int)
+attend_lif(Tensor q, Tensor k, Tensor v, Tensor? state, int channels, int num_heads, float? scale, \
+str kind, float tau, float? inv_tau, float v_threshold, float? v_reset, bool decay_input) \
+-> (Tensor, Tensor, int)
+"""
+
 # The library must define its schemas before the extension registers kernels for them.
 LIBRARY = torch.library.Library("atsnn", "DEF")
 TRITON_LIBRARY = torch.library.Library("atsnn_triton", "DEF")
@@ -89,6 +106,8 @@ LIBRARIES = {"atsnn": LIBRARY, "atsnn_triton": TRITON_LIBRARY}
 for _schema in SCHEMAS.strip().splitlines():
     for _library in LIBRARIES.values():
         _library.define(_schema)
+for _schema in EVENTS.strip().splitlines():
+    LIBRARY.define(_schema)
 WITHOUT_KERNEL = ("pack_linear",)  # it moves weights once, which PyTorch does
 OPERATORS = [_schema.split("(")[0] for _schema in SCHEMAS.strip().splitlines()]
 
