@@ -1,8 +1,11 @@
-"""Whether a backend computes what the reference does, on the cases of :mod:`.cases`."""
+"""Whether a backend computes what the reference does, on the cases of :mod:`.cases`.
+
+The comparison itself, :func:`difference`, judges others' kernels too: :mod:`atsnn.kit`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +104,15 @@ def check_backend(
     check_choice(op, "backend", backend, BACKENDS)
     for name in operations or ():
         check_choice(op, "operation", name, OPERATIONS)
+    where = device_here(op, device)
+    resolve_backend(op, backend, where)  # a backend that cannot run at all says so once
+    for name in operations or OPERATIONS:
+        for label, case in CASES.items():
+            yield Finding(name, label, *_judge(OPERATIONS[name], case, backend, where))
+
+
+def device_here(op: str, device: str) -> torch.device:
+    """The device of that name, if it can be used here."""
     try:
         where = torch.device(device)
         torch.zeros(1, device=where).item()
@@ -109,10 +121,12 @@ def check_backend(
         raise InvalidValue(
             f"{op}: device must be one that is here, got {device!r}: {reason}"
         ) from error
-    resolve_backend(op, backend, where)  # a backend that cannot run at all says so once
-    for name in operations or OPERATIONS:
-        for label, case in CASES.items():
-            yield Finding(name, label, *_judge(OPERATIONS[name], case, backend, where))
+    return where
+
+
+def raised(error: Exception) -> str:
+    """What a kernel raised, in one line."""
+    return " ".join([f"raised {type(error).__name__}:", *str(error).split("\n")[:1]])
 
 
 def _judge(operation: Operation, case: Case, backend: str, device: torch.device) -> tuple[str, str]:
@@ -129,13 +143,13 @@ def _judge(operation: Operation, case: Case, backend: str, device: torch.device)
         except BackendError as error:
             return "unsupported", f"{form}: {error}"
         except Exception as error:  # whatever a kernel raises is a finding, not the end
-            return "fail", f"{form}: raised {type(error).__name__}: {str(error).splitlines()[0]}"
+            return "fail", f"{form}: {raised(error)}"
         for i, (ours, theirs) in enumerate(zip(got[0], want[0], strict=True)):
-            found = _difference(ours.cpu(), theirs, None)
+            found = difference(ours.cpu(), theirs, None)
             if found:
                 return "fail", f"{form}, result {i}{found}"
         for leaf, theirs in want[1].items():
-            found = _difference(got[1][leaf].cpu(), theirs, GRADIENT_TOLERANCE[case.dtype])
+            found = difference(got[1][leaf].cpu(), theirs, GRADIENT_TOLERANCE[case.dtype])
             if found:
                 return "fail", f"{form}, gradient of {leaf}{found}"
     return "pass", ""
@@ -150,8 +164,16 @@ def _run(
     return getattr(operation, form)(backend, layout, **inputs), {}
 
 
-def _difference(ours: Tensor, theirs: Tensor, tolerance: float | None) -> str:
-    """Where two tensors first differ, if they do; without a tolerance in any bit."""
+def difference(
+    ours: Tensor,
+    theirs: Tensor,
+    tolerance: float | None = None,
+    where: Callable[[tuple[int, ...]], str] = lambda index: "",
+) -> str:
+    """Where two tensors first differ, if they do; without a tolerance in any bit.
+
+    ``where`` says in words where an index is.
+    """
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return (
             f": expected {theirs.dtype} of shape {tuple(theirs.shape)}, "
@@ -166,9 +188,15 @@ def _difference(ours: Tensor, theirs: Tensor, tolerance: float | None) -> str:
         same = torch.isclose(ours, theirs, rtol=tolerance, atol=tolerance * scale)
     if bool(same.all()):
         return ""
-    at: Any = tuple((~same).nonzero()[0].tolist())
+    at = tuple((~same).nonzero()[0].tolist())
     differ = int((~same).sum())
     return (
-        f" at {list(at)}: expected {theirs[at].item()}, got {ours[at].item()} "
+        f" at {list(at)}{where(at)}: expected {_shown(theirs, at)}, got {_shown(ours, at)} "
         f"({differ} of {same.numel()} differ)"
     )
+
+
+def _shown(x: Tensor, at: Any) -> str:
+    """One element; floats in as few digits as tell them from their neighbours."""
+    value = x[at].item()
+    return f"{value:.9g}" if x.dtype == torch.float32 else str(value)

@@ -1,4 +1,8 @@
-"""Exact fixtures: models on a dyadic grid, where every backend gives the same bits."""
+"""For tests: the cases that judge a kernel, and exact models.
+
+:func:`check` judges anyone's kernel by the cases that judge atsnn's own. Exact models lie on a
+dyadic grid, where every backend gives the same bits.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .kit import Case, ConformanceError, Finding, Report, cases, check
 from .nn.blocks import Context, _Attention
 from .nn.config import SpikformerConfig
 from .nn.model import ATSpikformer
 from .nn.trace import Trace
 
-__all__ = ["exact_images", "exact_model"]
+__all__ = [
+    "Case",
+    "ConformanceError",
+    "Finding",
+    "Report",
+    "cases",
+    "check",
+    "exact_images",
+    "exact_model",
+]
 
 BN_EPS = 2.0**-10
 IMAGE_BITS = 4  # images are multiples of 2^-4
