@@ -16,7 +16,18 @@ from .case import Case, table
 from .judge import RESULTS, Kernel, check_kernel, judge
 from .report import ConformanceError, Report
 
-__all__ = ["OPS", "Case", "ConformanceError", "Finding", "Report", "cases", "check", "findings"]
+__all__ = [
+    "OPS",
+    "Case",
+    "ConformanceError",
+    "Finding",
+    "Report",
+    "cases",
+    "check",
+    "check_cases",
+    "findings",
+    "name_of",
+]
 
 OPS = tuple(RESULTS)
 
@@ -37,32 +48,27 @@ def cases(
     """
     check_choice("check", "op", op, OPS)
     found = [*neuron.cases(op), *tokens.cases(op), *table(op)]
-    for pattern in [only] if isinstance(only, str) else only or ():
+    patterns = [only] if isinstance(only, str) else only
+    for pattern in patterns or ():
         if not any(_matches(case, pattern) for case in found):
             raise InvalidValue(
                 f"check: only must name cases of {op}, such as {found[0].name!r}, or be a pattern "
                 f"such as '*gradient*', got {pattern!r}"
             )
-    chosen = [only] if isinstance(only, str) else only
-    return [
-        case for case in found
-        if (chosen is None or any(_matches(case, pattern) for pattern in chosen))
-        and (gradients or not case.leaves)
-    ]  # fmt: skip
+    if patterns is not None:
+        found = [case for case in found if any(_matches(case, pattern) for pattern in patterns)]
+    return [case for case in found if gradients or not case.leaves]
 
 
 def _matches(case: Case, pattern: str) -> bool:
     return pattern in (case.name, case.label, case.group) or fnmatchcase(case.name, pattern)
 
 
-def findings(
-    fn: Kernel, op: str = "neuron", *, device: str = "cpu", only: Sequence[str] | str | None = None,
-    gradients: bool = True,
-) -> Iterator[Finding]:  # fmt: skip
-    """What :func:`check` reports, case by case as it is found."""
-    chosen = cases(op, only, gradients)
-    check_kernel(op, fn)
+def findings(fn: Kernel, chosen: Sequence[Case], device: str = "cpu") -> Iterator[Finding]:
+    """What a kernel does on these cases of one operation, as it is found."""
     where = device_here("check", device)
+    for op in dict.fromkeys(case.op for case in chosen):
+        check_kernel(op, fn)
     for case in chosen:
         yield judge(case, fn, where)
 
@@ -115,8 +121,15 @@ def check(
     >>> check(F.neuron, only="neuron: fires at the threshold exactly").ok
     True
     """
-    found = list(findings(fn, op, device=device, only=only, gradients=gradients))
-    report = Report(name_of(fn), op, device, found)
+    return check_cases(fn, cases(op, only, gradients), device, raises)
+
+
+def check_cases(
+    fn: Kernel, chosen: Sequence[Case], device: str = "cpu", raises: bool = True
+) -> Report:
+    """As :func:`check`, on cases of one operation that were chosen before."""
+    op = chosen[0].op if chosen else ""
+    report = Report(name_of(fn), op, device, list(findings(fn, chosen, device)))
     if raises and not report.ok:
         raise ConformanceError(report)
     return report
