@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from spikingjelly.activation_based import functional, surrogate
 from spikingjelly.activation_based.model.spikformer import Spikformer
-from torch import Tensor, nn
+from torch import Tensor
 
 import atsnn
 
@@ -48,35 +50,19 @@ def neuron(
 
 
 def carry_over(ours: atsnn.ATSpikformer, theirs: Spikformer) -> None:
-    """Our weights into SpikingJelly's model, whose q, k and v are one convolution."""
+    """Our weights and settings into a model of SpikingJelly's that is there already."""
+    source = atsnn.convert.to_spikingjelly(ours)
+    theirs.load_state_dict(source.state_dict())
+    for path, module in source.named_modules():
+        for name in {"eps", "v_threshold"} & vars(module).keys():
+            setattr(theirs.get_submodule(path), name, getattr(module, name))
 
-    def linear(target: nn.Module, *sources: nn.Module) -> None:
-        target.weight.copy_(torch.cat([s.weight for s in sources]).view_as(target.weight))
-        assert all(s.bias is None for s in sources)
 
-    def norm(target: nn.Module, *sources: nn.Module) -> None:
-        target.eps = sources[0].eps
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(target, name).copy_(torch.cat([getattr(s, name) for s in sources]))
-
-    with torch.no_grad():
-        stem = ours.patch_embed
-        for number, stage in enumerate(theirs.patch_embed.stages):
-            suffix = str(number) if number else ""
-            stage.conv_bn.block[0].weight.copy_(getattr(stem, f"proj_conv{suffix}").weight)
-            norm(stage.conv_bn.block[1], getattr(stem, f"proj_bn{suffix}"))
-        position = theirs.patch_embed.positional_encoding.conv_bn.block
-        position[0].weight.copy_(stem.rpe_conv.weight)
-        norm(position[1], stem.rpe_bn)
-        for block, other in zip(ours.block, theirs.blocks, strict=True):
-            a, b = block.attn, other.attn
-            linear(b.qkv_conv_bn[0], a.q_linear, a.k_linear, a.v_linear)
-            norm(b.qkv_conv_bn[1], a.q_bn, a.k_bn, a.v_bn)
-            linear(b.proj_conv_bn[0], a.proj_linear)
-            norm(b.proj_conv_bn[1], a.proj_bn)
-            b.attn_lif.v_threshold = a.attn_lif.v_threshold
-            for name in ("fc1", "fc2"):
-                linear(getattr(other.mlp, name)[0], getattr(block.mlp, f"{name}_linear"))
-                norm(getattr(other.mlp, name)[1], getattr(block.mlp, f"{name}_bn"))
-        theirs.head.weight.copy_(ours.head.weight)
-        theirs.head.bias.copy_(ours.head.bias)
+def assert_same_state(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """Names in their order, dtypes and every bit."""
+    assert list(got) == list(want)
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype, name
+        # As bytes: 0 and -0 are equal numbers.
+        a, b = (t.reshape(-1).view(torch.uint8) for t in (got[name], tensor))
+        assert got[name].shape == tensor.shape and torch.equal(a, b), name

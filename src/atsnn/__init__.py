@@ -1,6 +1,6 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
-from . import compare, firing, functional, nn, schedule, testing
+from . import compare, convert, firing, functional, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
@@ -21,6 +21,7 @@ __all__ = [
     "TokenLayout",
     "available_backends",
     "compare",
+    "convert",
     "cost",
     "create_model",
     "firing",
