@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,23 @@ def _parser() -> argparse.ArgumentParser:
     _json_option(info)
 
     check = command(
-        "check", _check, "compare a backend's operations with the reference, case by case"
-    )
+        "check", _check,
+        "compare a backend's operations, or a function of yours, with the reference, case by case",
+    )  # fmt: skip
     check.add_argument("--device", default="cpu", help="PyTorch device to run on, such as cuda")
     check.add_argument(
         "--backend", default="auto", choices=("auto", "native", "triton", "reference"),
         help="who computes; auto: what serves the device",
     )  # fmt: skip
-    check.add_argument("--only", nargs="+", metavar="OPERATION", help="check these rows alone")
+    check.add_argument(
+        "--kernel", metavar="MODULE:FUNCTION",
+        help="judge this function, as atsnn.testing.check does, and no backend of atsnn's",
+    )  # fmt: skip
+    check.add_argument("--op", help="the operation that KERNEL is to be (default: neuron)")
+    check.add_argument(
+        "--only", nargs="+", metavar="NAME",
+        help="check these operations alone; of a kernel these cases, names or patterns",
+    )  # fmt: skip
     _json_option(check)
 
     bench = command(
@@ -215,6 +225,10 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    if args.kernel is not None:
+        return _check_kernel(args)
+    if args.op is not None:
+        raise InvalidValue("check: --op belongs to --kernel, got it without one")
     import torch
 
     from . import report
@@ -237,6 +251,57 @@ def _check(args: argparse.Namespace) -> int:
         {"backend": args.backend, "device": args.device, "findings": [vars(f) for f in found]},
     )
     return FAILED if any(finding.result == "fail" for finding in found) else GOOD
+
+
+def _check_kernel(args: argparse.Namespace) -> int:
+    from . import kit, report
+
+    if args.backend != "auto":
+        raise InvalidValue(
+            f"check: expected --kernel or --backend, got both, {args.kernel} and {args.backend}"
+        )
+    op = args.op or "neuron"
+    fn = _function(args.kernel)
+    console = _console()
+    found = []
+    with console.status("starting") as status:
+        for finding in kit.findings(fn, kit.cases(op, args.only), args.device):
+            status.update(f"{finding.operation}, {finding.case}")
+            found.append(finding)
+    result = kit.Report(args.kernel, op, args.device, found)
+    console.print(f"[bold]atsnn check[/bold]  {result.title}")
+    report.print_all(console, report.kernel_tables(result))
+    _write_json(
+        args.json,
+        {
+            "kernel": args.kernel, "op": op, "device": args.device,
+            "findings": [vars(f) for f in found],
+        },
+    )  # fmt: skip
+    return GOOD if result.ok else FAILED
+
+
+def _function(path: str) -> Any:
+    """The function that ``package.module:function`` names, looked for here too."""
+    import importlib
+    import os
+
+    name, _, attribute = path.partition(":")
+    if not name or not attribute:
+        raise InvalidValue(f"check: --kernel must be package.module:function, got {path!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # whatever a module of somebody's raises on import
+        raise InvalidValue(
+            f"check: --kernel must name a module that can be imported, got {name!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    try:
+        return attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise InvalidValue(f"check: --kernel: {error}") from error
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .checks import require
-from .conformance import LEGEND, Finding
+from .conformance import CASES, LEGEND, Finding
 from .data import Split
+from .kit.report import Report, reasons, rows
 from .nn.model import ATSpikformer
 
 if TYPE_CHECKING:
@@ -80,6 +82,40 @@ def check_tables(findings: list[Finding]) -> list[RenderableType]:
         if f.result != "pass"
     ]
     return [table, LEGEND, ", ".join(lines), *details]
+
+
+def kernel_tables(report: Report) -> list[RenderableType]:
+    """What :func:`atsnn.testing.check` found: every case, where it failed, what it lacks and why.
+
+    Details stand below the case, so that they are whole in 80 columns.
+    """
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    out: list[RenderableType] = []
+    runs = [f for f in report.findings if f.result != "unsupported"]
+    for result, alike in groupby(runs, lambda f: f.result):
+        for case, detail in rows(list(alike)):
+            mark = "pass" if result == "pass" else "[bold red]FAIL[/]"
+            out.append(_hanging(mark, escape(case)))
+            if detail:
+                out.append(Padding(escape(detail), (0, 0, 0, 8)))
+    for reason, cases in reasons(report.unsupported).items():
+        out.append(f"\n[bold]not supported[/]: {escape(reason)}")
+        out += [Padding(escape(case), (0, 0, 0, 8)) for case in cases]
+    used = {f.case for f in report.findings}
+    return [*out, "", *[LEGEND] * bool(used & set(CASES)), report.counts]
+
+
+def _hanging(mark: str, text: str) -> Table:
+    """A mark and a text that wraps beside it."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=4)
+    table.add_column()
+    table.add_row(mark, text)
+    return table
 
 
 def _cells_table(cost: dict[str, Any], images: int) -> Table:

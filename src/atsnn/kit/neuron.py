@@ -148,7 +148,8 @@ def _gradients() -> Iterator[Case]:
     for name in reference.SURROGATES:
         label = f"gradient of the surrogate {name}"
         yield case(label, x(3, 64), "x", surrogate=name)
-        yield case(f"{label}, alpha = 1.5", x(3, 64), "x", surrogate=name, alpha=1.5)
+        yield case(f"{label}, alpha = 1.5", x(3, 64), "x", surrogate=name, alpha=1.5,
+                   detach_reset=True)  # fmt: skip
     for reset, v_reset in (("hard", 0.0), ("soft", None)):
         for detach in (True, False):
             way = "detached from" if detach else "through"

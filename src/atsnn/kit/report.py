@@ -9,7 +9,7 @@ from itertools import groupby
 from ..checks import AtsnnError
 from ..conformance import CASES, Finding
 
-MARKS = {"pass": "pass", "fail": "FAIL", "unsupported": "not supported"}
+RESULTS = {"pass": "passed", "fail": "failed", "unsupported": "not supported"}
 
 
 class ConformanceError(AtsnnError, AssertionError):
@@ -58,31 +58,42 @@ class Report:
     @property
     def counts(self) -> str:
         """How many cases passed, failed and were not supported."""
-        found = {kind: sum(f.result == kind for f in self.findings) for kind in MARKS}
-        words = {"pass": "passed", "fail": "failed", "unsupported": "not supported"}
-        return ", ".join(f"{n} {words[kind]}" for kind, n in found.items() if n or kind == "pass")
+        found = {kind: sum(f.result == kind for f in self.findings) for kind in RESULTS}
+        return ", ".join(f"{n} {RESULTS[kind]}" for kind, n in found.items() if n)
 
     @property
     def title(self) -> str:
         return f"{self.kernel} as {self.op} on {self.device}, against the reference"
 
     def __str__(self) -> str:
-        """The failures and what is not supported, then how many passed."""
+        """The failures, what is not supported and why, then how many passed."""
         lines = [self.title]
-        for case, mark, detail in rows([f for f in self.findings if f.result != "pass"]):
-            lines += [f"  {mark}  {case}", *[f"        {detail}"] * bool(detail)]
+        for case, detail in rows(self.failures):
+            lines += [f"  FAIL  {case}", f"        {detail}"]
+        for reason, cases in reasons(self.unsupported).items():
+            lines += [f"  not supported  {reason}", *[f"        {case}" for case in cases]]
         return "\n".join([*lines, self.counts])
 
 
-def rows(findings: Sequence[Finding]) -> Iterator[tuple[str, str, str]]:
-    """``(case, mark, detail)``; neighbours of one group that did the same share a row."""
+def rows(findings: Sequence[Finding]) -> Iterator[tuple[str, str]]:
+    """``(name, detail)`` of cases that did the same.
 
-    def alike(f: Finding) -> tuple[str, ...]:
-        return f.operation, f.result, f.detail
+    Layouts and sizes of one operation share a row, with the detail of the first.
+    """
+    for (group, columns), same in groupby(findings, lambda f: (f.operation, f.case in CASES)):
+        alike = list(same)
+        if columns:
+            first = f"{alike[0].case}: " if len(alike) > 1 and alike[0].detail else ""
+            names = ", ".join(f.case for f in alike)
+            yield f"{group}: {names}", first + alike[0].detail
+        else:
+            yield from ((f"{group}: {f.case}", f.detail) for f in alike)
 
-    for (group, result, detail), same in groupby(findings, alike):
-        cases = [f.case for f in same]
-        # A named case that passed keeps its row: its name says what was shown.
-        apart = result == "pass" and not set(cases) <= set(CASES)
-        for label in cases if apart else [", ".join(cases)]:
-            yield f"{group}: {label}", MARKS[result], detail
+
+def reasons(unsupported: Sequence[Finding]) -> dict[str, list[str]]:
+    """The cases that are not supported, by why."""
+    why = dict.fromkeys(f.detail for f in unsupported)
+    return {
+        reason: [name for name, _ in rows([f for f in unsupported if f.detail == reason])]
+        for reason in why
+    }
