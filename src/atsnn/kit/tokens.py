@@ -57,7 +57,6 @@ def qkv(
 
 
 def _both_attentions(case: Callable[..., Case]) -> Iterator[Case]:
-    yield case("sizes weigh the tokens", qkv(sizes=(2, 5)))
     # Where whole runs are taken to be N long, these read the rows of other images.
     yield case("ragged: halted tokens left out", qkv(active=RAGGED))
     yield case("ragged: halted tokens left out, sized", qkv(active=RAGGED, sizes=(2, 5)))
@@ -76,6 +75,7 @@ def _spiking_attention() -> Iterator[Case]:
     yield case("sums, no softmax", qkv(heads=1), scale=1.0)
     yield case("the result is scaled, 0.125", qkv())
     yield case("the result is scaled, 0.25", qkv(), scale=0.25)
+    yield case("sizes weigh the tokens", qkv(sizes=(2, 5)))
     yield case("heads apart", qkv(2, 1, 5, 12, heads=4))
     yield case("heads of one channel", qkv(heads=8))
     # Sums of odd numbers above 2048, which float16 cannot hold.
@@ -88,6 +88,8 @@ def _spike_driven() -> Iterator[Case]:
     # A sum of one reaches the threshold of 0.5 exactly.
     yield case("fires at the threshold exactly", qkv(3, 2, 3, 8))
     yield case("the threshold is v_threshold", qkv(3, 2, 5, 8), v_threshold=1.5)
+    # Too high for what fires to fire without the sizes.
+    yield case("sizes weigh the tokens", qkv(3, 2, 5, 8, sizes=(2, 5)), v_threshold=3.0)
     yield case("divided by tau", qkv(3, 2, 5, 8), tau=3.7)
     yield case("returns the potential", qkv(3, 2, 5, 8), tau=3.7, return_state=True)
 
