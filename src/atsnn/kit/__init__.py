@@ -121,6 +121,7 @@ def check(
     >>> check(F.neuron, only="neuron: fires at the threshold exactly").ok
     True
     """
+    __tracebackhide__ = True  # pytest shows the caller, not this
     return check_cases(fn, cases(op, only, gradients), device, raises)
 
 
@@ -128,6 +129,7 @@ def check_cases(
     fn: Kernel, chosen: Sequence[Case], device: str = "cpu", raises: bool = True
 ) -> Report:
     """As :func:`check`, on cases of one operation that were chosen before."""
+    __tracebackhide__ = True
     op = chosen[0].op if chosen else ""
     report = Report(name_of(fn), op, device, list(findings(fn, chosen, device)))
     if raises and not report.ok:

@@ -45,6 +45,10 @@ TIMED = {
 }  # fmt: skip
 
 
+# Settings that results do not depend on.
+OF_GRADIENTS = {"detach_reset", "surrogate", "alpha"}
+
+
 class Unsupported(Exception):
     """The kernel cannot be asked this."""
 
@@ -81,7 +85,7 @@ def _parameters(fn: Kernel) -> set[str] | None:
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def arguments_for(fn: Kernel, op: str, wanted: Arguments) -> Arguments:
+def arguments_for(fn: Kernel, op: str, wanted: Arguments, gradient: bool) -> Arguments:
     """What to call ``fn`` with: what the case wants, defaults of the operation written out.
 
     A parameter that ``fn`` lacks is left out where the case wants the default. So is a default
@@ -98,7 +102,7 @@ def arguments_for(fn: Kernel, op: str, wanted: Arguments) -> Arguments:
             continue
         if known is None or name in known:
             given[name] = value
-        elif not default:
+        elif not default and (gradient or name not in OF_GRADIENTS):
             raise Unsupported(f"no parameter {name!r}")
     return given
 
@@ -118,7 +122,7 @@ def judge(case: Case, fn: Kernel, device: torch.device) -> Finding:
 def _compare(case: Case, fn: Kernel, device: torch.device) -> None:
     wanted = case.make()
     theirs, their_leaves = _reference(case, wanted)
-    given, watched = _hand_over(case, arguments_for(fn, case.op, wanted), device)
+    given, watched = _hand_over(case, arguments_for(fn, case.op, wanted, bool(case.leaves)), device)
     leaves = {g.name: g.tensor for g in watched if g.name in case.leaves}
     names = RESULTS[case.op][: len(theirs)]
     with poisoned_memory():
