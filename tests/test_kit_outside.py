@@ -7,17 +7,29 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import RUNS
 
 import atsnn.functional as F
 from atsnn import adapters, checks, cli
 from atsnn.testing import cases, check
 
 pytest_plugins = ["pytester"]
+
+# -- our Triton kernels ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not RUNS, reason="Triton cannot run here")
+def test_our_triton_neuron_passes_the_named_cases():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = check(partial(F.neuron, backend="triton"), device=device, only="neuron")
+    assert {f.result for f in report.findings} == {"pass"}
+
 
 # -- the plugin -----------------------------------------------------------------------------------
 

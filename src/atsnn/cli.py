@@ -296,7 +296,7 @@ def _function(path: str) -> Any:
     except Exception as error:  # whatever a module of somebody's raises on import
         raise InvalidValue(
             f"check: --kernel must name a module that can be imported, got {name!r}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     try:
         return attrgetter(attribute)(module)

@@ -99,10 +99,10 @@ def kernel_tables(report: Report) -> list[RenderableType]:
             mark = "pass" if result == "pass" else "[bold red]FAIL[/]"
             out.append(_hanging(mark, escape(case)))
             if detail:
-                out.append(Padding(escape(detail), (0, 0, 0, 8)))
+                out.append(Padding(escape(detail), (0, 0, 0, 8), expand=False))
     for reason, cases in reasons(report.unsupported).items():
         out.append(f"\n[bold]not supported[/]: {escape(reason)}")
-        out += [Padding(escape(case), (0, 0, 0, 8)) for case in cases]
+        out += [Padding(escape(case), (0, 0, 0, 8), expand=False) for case in cases]
     used = {f.case for f in report.findings}
     return [*out, "", *[LEGEND] * bool(used & set(CASES)), report.counts]
 
