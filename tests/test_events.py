@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from atsnn.cases import Numbers
 from atsnn.ops import events
 
@@ -43,6 +44,7 @@ def test_maps_are_packed_and_unpacked(shape):
     got = OPS.pack_maps(x)
     same(got, events._pack_maps(x))
     assert got[2] is True and torch.equal(OPS.unpack_maps(got[0], shape[1]), x)
+    assert OPS.count_spikes(got[0]) == events._count_spikes(got[0]) == got[1]
     rows = x.movedim(1, -1)
     same(OPS.pack_counted(rows), got)
     for value in (2.0, -1.0, float("nan")):

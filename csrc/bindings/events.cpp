@@ -134,6 +134,12 @@ Tensor unpack_maps(const Tensor& bits, int64_t channels) {
   return x;
 }
 
+int64_t count_spikes(const Tensor& bits) {
+  check_dtype("count_spikes", "bits", bits, at::kLong);
+  const Tensor rows = bits.contiguous();
+  return level_kernels().count(bits_of(rows), rows.numel());
+}
+
 Tensor spike_linear(const Tensor& spikes, const Tensor& weight, const Tensor& bias,
                     int64_t outputs) {
   const char* op = "spike_linear";
@@ -324,6 +330,7 @@ TORCH_LIBRARY_IMPL(atsnn, CPU, m) {
   m.impl("pack_counted", &atsnn::pack_counted);
   m.impl("pack_maps", &atsnn::pack_maps);
   m.impl("unpack_maps", &atsnn::unpack_maps);
+  m.impl("count_spikes", &atsnn::count_spikes);
   m.impl("spike_linear", &atsnn::spike_linear);
   m.impl("spike_conv", &atsnn::spike_conv);
   m.impl("spike_conv_lif", &atsnn::spike_conv_lif);

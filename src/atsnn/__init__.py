@@ -4,6 +4,7 @@ from . import compare, convert, firing, functional, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
+from .dropin import accelerate
 from .engine import Engine, EngineState, freeze
 from .layout import TokenLayout
 from .nn.config import SpikformerConfig
@@ -19,6 +20,7 @@ __all__ = [
     "EngineState",
     "SpikformerConfig",
     "TokenLayout",
+    "accelerate",
     "available_backends",
     "compare",
     "convert",

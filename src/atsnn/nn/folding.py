@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..checks import InvalidValue
 
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 
-def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
+
+def fold(layer: Layer, bn: Any) -> tuple[Tensor, Tensor]:
     """Weight ``[outputs, inputs]`` and bias of a layer with its BatchNorm, float64.
 
     ``W' = s W`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``; without a
@@ -19,8 +21,8 @@ def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
     ``(ky, kx, channel)``.
     """
     weight = layer.weight.detach().double()
-    if weight.dim() == 4:
-        weight = weight.permute(0, 2, 3, 1).flatten(1)
+    if weight.dim() > 2:
+        weight = weight.movedim(1, -1).flatten(1)
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
     if bn is None:
         return weight, bias
@@ -34,33 +36,53 @@ def fold(layer: nn.Linear | nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
 
 
 class Folded:
-    """A linear layer with its BatchNorm, folded and packed once.
+    """A layer with its BatchNorm, folded and packed once.
 
     It is made again after a parameter or a statistic changed; a change through ``.data`` or NumPy
     is seen only after :meth:`forget`.
     """
 
     def __init__(self) -> None:
-        self._packed: tuple[tuple[Any, ...], F.PackedLinear] | None = None
+        self._key: tuple[Any, ...] | None = None
+        self._packed: F.PackedLinear | None = None
+        self._dense: tuple[Tensor, Tensor] | None = None
 
-    def packed(self, linear: nn.Linear, bn: nn.BatchNorm1d | None) -> F.PackedLinear:
-        tensors = [*linear.parameters(), *(() if bn is None else bn.parameters())]
+    def packed(self, layer: Layer, bn: Any) -> F.PackedLinear:
+        """The map as :func:`~atsnn.functional.spike_linear_lif` takes it."""
+        self._follow(layer, bn)
+        if self._packed is None:
+            weight, bias = (t.to(torch.float32) for t in fold(layer, bn))
+            self._packed = F.pack_linear(weight, bias)
+        return self._packed
+
+    def dense(self, layer: Layer, bn: Any) -> tuple[Tensor, Tensor]:
+        """Weight in the shape of the layer's, and bias, float32."""
+        self._follow(layer, bn)
+        if self._dense is None:
+            weight, bias = (t.to(torch.float32) for t in fold(layer, bn))
+            outputs, inputs, *kernel = layer.weight.shape
+            weight = weight.view(outputs, *kernel, inputs).movedim(-1, 1).contiguous()
+            self._dense = weight, bias
+        return self._dense
+
+    def _follow(self, layer: Layer, bn: Any) -> None:
+        tensors = [*layer.parameters(), *(() if bn is None else bn.parameters())]
         tensors += [] if bn is None else list(bn.buffers())
         # Tensors made in inference mode have no version.
         versions = ((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
         key = (*versions, None if bn is None else bn.eps)
-        if self._packed is None or self._packed[0] != key:
-            if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-                raise InvalidValue(
-                    "folding: weights must be folded before a CUDA graph is captured, which would "
-                    "record it instead; expected one call of the model before, got none"
-                )
-            weight, bias = (t.to(torch.float32) for t in fold(linear, bn))
-            self._packed = key, F.pack_linear(weight, bias)
-        return self._packed[1]
+        if self._key == key:
+            return
+        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InvalidValue(
+                "folding: weights must be folded before a CUDA graph is captured, which would "
+                "record it instead; expected one call of the model before, got none"
+            )
+        self.forget()
+        self._key = key
 
     def forget(self) -> None:
-        self._packed = None
+        self._key = self._packed = self._dense = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # made again where it is needed
+        return dict.fromkeys(self.__dict__)  # made again where it is needed

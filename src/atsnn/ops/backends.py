@@ -65,6 +65,11 @@ def kernels_serve(device: torch.device) -> bool:
     return device.type == "cpu" and native is not None
 
 
+def native_serves(device: torch.device) -> bool:
+    """Whether calls that name no backend are served by the native kernels there."""
+    return native is not None and device.type == "cpu" and _chosen in ("auto", "native")
+
+
 _warned: set[str] = set()
 
 

@@ -39,6 +39,11 @@ def _unpack_maps(bits, channels):
     return _unpack_spikes(bits, channels).movedim(-1, 1).contiguous()
 
 
+@composite("count_spikes")
+def _count_spikes(bits):
+    return int(_unpack_spikes(bits, bits.shape[-1] * WORD).sum())
+
+
 def _plain(weight, bias, outputs):
     """Weight ``[outputs, inputs]`` and bias of a packed map."""
     return weight.transpose(1, 2).flatten(0, 1)[:outputs], bias.flatten()[:outputs]

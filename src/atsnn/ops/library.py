@@ -88,6 +88,7 @@ EVENTS = """
 pack_counted(Tensor x) -> (Tensor, int, bool)
 pack_maps(Tensor x) -> (Tensor, int, bool)
 unpack_maps(Tensor bits, int channels) -> Tensor
+count_spikes(Tensor bits) -> int
 spike_linear(Tensor spikes, Tensor weight, Tensor bias, int outputs) -> Tensor
 spike_conv(Tensor bits, Tensor weight, Tensor bias, int outputs, int[] window) -> Tensor
 spike_conv_lif(Tensor maps, Tensor weight, Tensor bias, Tensor? v, int outputs, int[] window, \

@@ -1,0 +1,89 @@
+"""Modules of PyTorch that look, in inference, whether what they are given is spikes.
+
+The classes stand for PyTorch's: a module becomes one by a change of its class, so that it keeps
+its parameters, its place, its hooks and whatever refers to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .chain import FEW_INPUTS, Chain
+from .conditions import events_serve
+from .sequence import CONTAINERS, LAYERS, Plan, open_sequential
+
+
+def kept(module: nn.Module, name: str, make: Any) -> Any:
+    """What a module carries beside its state: made at the first call, not part of a checkpoint."""
+    attributes = module.__dict__
+    found = attributes.get(name)
+    if found is None:
+        found = attributes[name] = make()
+    return found
+
+
+def looked_at(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a layer for spikes ``x [M, C, ...]`` or ``[..., C]``; ``None``: not spikes."""
+    if layer.weight[0].numel() <= FEW_INPUTS or not events_serve(x):  # type: ignore[index]
+        return None
+    chain = kept(layer, "_atsnn_look", lambda: Chain(layer))
+    one = not isinstance(layer, nn.Linear) or x.dim() == 1
+    batch = x.unsqueeze(0) if one else x
+    if not chain.ready(batch):
+        return None
+    y = chain.sums(batch)
+    return y if y is None or not one else y.squeeze(0)
+
+
+class EventLinear(nn.Linear):
+    """``nn.Linear`` that adds the weights of what fired where its input is spikes."""
+
+    replaces = nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = looked_at(self, x)
+        return super().forward(x) if y is None else y
+
+
+class EventConv1d(nn.Conv1d):
+    """``nn.Conv1d`` of one tap that does."""
+
+    replaces = nn.Conv1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = looked_at(self, x)
+        return super().forward(x) if y is None else y
+
+
+class EventConv2d(nn.Conv2d):
+    """``nn.Conv2d`` that does."""
+
+    replaces = nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = looked_at(self, x)
+        return super().forward(x) if y is None else y
+
+
+def run_plan(module: nn.Module, x: Tensor) -> Tensor | None:
+    """A container's output with its chains as one kernel each; ``None`` if it has none now."""
+    if not events_serve(x):
+        return None
+    sequence = kept(module, "_atsnn_plan", Plan).of(module)
+    return None if sequence is None else sequence(x)
+
+
+class EventSequential(nn.Sequential):
+    """``nn.Sequential`` that runs chains of layer, BatchNorm and neuron as one kernel each."""
+
+    replaces = nn.Sequential
+
+    def forward(self, x: Any) -> Any:
+        y = run_plan(self, x)
+        return super().forward(x) if y is None else y
+
+
+CONTAINERS[EventSequential] = open_sequential
+LAYERS |= {EventLinear: nn.Linear, EventConv1d: nn.Conv1d, EventConv2d: nn.Conv2d}
