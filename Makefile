@@ -7,7 +7,7 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp tests/native/*.h)
 CXX_FILES := $(CSRC) $(NATIVE_TESTS)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench bench-neuron bench-attention bench-model bench-engine bench-gpu gpu-report profile test asan fuzz lint format build docs clean
+.PHONY: help bench bench-neuron bench-attention bench-model bench-engine bench-dropin bench-gpu gpu-report profile test asan fuzz lint format build docs clean
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-attention time spiking attention against dense matrix products"
 	@echo "make bench-model     time packed execution against dense, inference and training"
 	@echo "make bench-engine    time the event-driven engine against dense execution"
+	@echo "make bench-dropin    time SpikingJelly's models before and after atsnn.accelerate"
 	@echo "make bench-gpu       time the Triton kernels against SpikingJelly's and PyTorch compiled"
 	@echo "make gpu-report      what the compiled Triton kernels take and move, without a GPU (docs/gpu.md)"
 	@echo "make profile  where the engine's time goes, and how far each part is from its limit"
@@ -47,7 +48,7 @@ bench: build
 
 # glibc would give memory back after every large tensor and fault it in again, which is not what
 # is to be measured, ours or theirs.
-bench-neuron bench-attention bench-model bench-engine: bench-%: build
+bench-neuron bench-attention bench-model bench-engine bench-dropin: bench-%: build
 	MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=33554432 \
 	$(BIN)/python -m pytest benchmarks/bench_$*.py
 

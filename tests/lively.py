@@ -98,6 +98,12 @@ def small_sdt() -> nn.Module:
     )  # fmt: skip
 
 
+def sdt_cifar() -> nn.Module:
+    return spike_driven_transformer.SpikeDrivenTransformer(
+        T=4, num_classes=10, embed_dims=512, num_heads=8, depths=2, pooling_stat="0011"
+    )
+
+
 def plif_net() -> nn.Module:
     return parametric_lif_net.MNISTNet(
         channels=16, spiking_neuron=neuron.ParametricLIFNode,
