@@ -1,6 +1,6 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
-from . import compare, convert, firing, functional, nn, schedule, testing
+from . import compare, convert, export, firing, functional, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
@@ -26,6 +26,7 @@ __all__ = [
     "convert",
     "cost",
     "create_model",
+    "export",
     "firing",
     "freeze",
     "from_pretrained",

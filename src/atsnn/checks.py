@@ -54,6 +54,19 @@ def values_visible(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type in HOST_DEVICES
 
 
+# From PyTorch 2.7 on.
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def certain(condition: bool) -> bool:
+    """``condition`` on sizes; False where ``torch.export`` has symbols for them and cannot say."""
+    if not _exporting():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def shape_of(tensor: Tensor | Sequence[int]) -> str:
     sizes = tensor.shape if isinstance(tensor, Tensor) else tensor
     return "(" + ", ".join(str(int(size)) for size in sizes) + ")"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as nnf
@@ -12,6 +13,7 @@ from torch import Tensor
 from .checks import (
     InvalidType,
     InvalidValue,
+    certain,
     check_device,
     check_dtype,
     check_integer,
@@ -101,7 +103,8 @@ class TokenLayout:
     ) -> TokenLayout:
         """Without the checks, of parts that were just computed; ``rows``: if they are known."""
         layout = object.__new__(cls)
-        rows = int(offsets[-1]) if rows is None else rows
+        # Not int(): torch.export makes a symbol of an item.
+        rows = cast(int, offsets[-1].item()) if rows is None else rows
         for name, value in (
             ("T", T), ("B", n.shape[0]), ("N", n.shape[1]), ("num_rows", rows),
             ("active_steps", n), ("token", token), ("offsets", offsets), ("padded", padded),
@@ -173,7 +176,7 @@ class TokenLayout:
     @property
     def is_full(self) -> bool:
         """Whether every cell is active; then rows are the cells in their order."""
-        return not self.padded and self.num_rows == self.T * self.B * self.N
+        return not self.padded and certain(self.num_rows == self.T * self.B * self.N)
 
     @cached_property
     def index(self) -> Tensor:

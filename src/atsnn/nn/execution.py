@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .. import ops
+from ..checks import certain
 from ..layout import TokenLayout
 from ..reference import SCORE_BITS, MergePlan, merged_sizes, ponder_block
 from .blocks import Context, Record
@@ -114,7 +115,7 @@ class PackedRun:
             self.H = ops.merge_tokens("auto", self.layout, to, self.H, plan, sizes, SCORE_BITS)
             self._merge(to, plan, sizes)
         # Cells are nested: as many are the same.
-        elif to.padded or to.num_rows != self.layout.num_rows:
+        elif to.padded or not certain(to.num_rows == self.layout.num_rows):
             rows = to.rows_in(self.layout)
             self.H = ops.take_rows("auto", self.H, rows)
             self._take(rows)

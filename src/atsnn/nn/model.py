@@ -15,6 +15,7 @@ from ..checks import (
     BackendError,
     InvalidType,
     InvalidValue,
+    certain,
     check_choice,
     check_finite,
     shape_of,
@@ -211,7 +212,7 @@ class ATSpikformer(nn.Module):
         run = kind(c, x, return_trace)
         for number, block in enumerate(self.block):
             keys = None
-            if run.layout.num_rows:
+            if not certain(run.layout.num_rows == 0):
                 run.x, keys = block.forward_with_keys(run.x, run.context(number, rates))
             run.finish_block(number, self._scores(number, run))
             if number + 1 < c.depth:

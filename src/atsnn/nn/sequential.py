@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..checks import certain
 from ..layout import TokenLayout
 from ..reference import active_cells, halting_weights, ponder_block, readout
 from .blocks import Context
@@ -44,7 +45,7 @@ def run_sequential(
             for number, block in enumerate(model.block):
                 active = layout.mask[0]
                 ran[number, t] = active
-                if layout.num_rows:
+                if not certain(layout.num_rows == 0):
                     context = Context(layout, None, state, rates, f"block.{number}", packed)
                     y, _ = block.forward_with_keys(y, context)
                 assert model.halting is not None
