@@ -12,7 +12,7 @@ from torch import nn
 
 import atsnn
 from atsnn import accelerate
-from atsnn.checks import InvalidType
+from atsnn.checks import InvalidType, InvalidValue
 from atsnn.dropin import restore
 
 T, B = 4, 3
@@ -218,6 +218,18 @@ def test_what_is_not_known_is_left_alone_and_said():
         accelerate(3)
 
 
+def test_another_spikingjelly_is_said(monkeypatch):
+    import sys
+
+    import atsnn.dropin
+
+    monkeypatch.setitem(sys.modules, "atsnn.dropin.jelly", None)
+    monkeypatch.delattr(atsnn.dropin, "jelly")
+    report = accelerate(lively.csnn())
+    assert "as of version 2.0.0" in report.left[0].reason
+    assert {c.kind for c in report.replaced} == {"Sequential"}
+
+
 def test_again_and_back():
     model, fast, x = lively_pair("spikformer")
     report = accelerate(model, inplace=False)
@@ -339,6 +351,9 @@ def test_compiled():
     model, fast, x = lively_pair("csnn")
     accelerate(fast)
     model.eval(), fast.eval()
+    explained = torch._dynamo.explain(fast)(x)
+    assert explained.graph_break_count == 0, explained.break_reasons
+    functional.reset_net(fast)
     compiled = torch.compile(fast, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), model(x))
@@ -360,6 +375,24 @@ def test_functional_forward():
     node, twin = neuron.LIFNode(**LIF), accelerate(neuron.LIFNode(**LIF)).model
     a, b = (n.functional_forward((x[0],), (0.0,)) for n in (node, twin))
     assert torch.equal(a[0][0], b[0][0]) and torch.equal(a[1][0], b[1][0])
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+def test_our_neurons_in_spikingjellys_company(mode):
+    """Under reset_net and in the form of functional_forward."""
+    ours, theirs = atsnn.nn.LIF(step_mode=mode), neuron.LIFNode(step_mode=mode)
+    x = torch.randn(*([T] if mode == "m" else []), 20)
+    for state in (0.0, 0.5, torch.randn(20)):
+        a, b = (n.functional_forward((x,), (state,)) for n in (ours, theirs))
+        assert torch.equal(a[0][0], b[0][0]) and torch.equal(a[1][0], b[1][0])
+    assert ours.v is None  # nothing was kept
+    net = nn.Sequential(ours, nn.Identity())
+    net(x)
+    assert ours.v is not None
+    functional.reset_net(net)
+    assert ours.v is None
+    with pytest.raises(InvalidValue, match="states must be a tuple of one"):
+        ours.functional_forward((x,), ())
 
 
 def test_without_spikingjelly_plain_layers_look_for_spikes():

@@ -18,12 +18,13 @@ from ..ops import native_serves
 
 def events_serve(x: object) -> bool:
     """Whether ``x`` is a tensor, and the call one, that event-driven kernels can be given."""
+    if torch.compiler.is_compiling():
+        return False
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
         and native_serves(x.device)
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and _get_current_dispatch_mode() is None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from ..checks import InvalidType
@@ -123,7 +124,9 @@ def accelerate(model: nn.Module, *, inplace: bool = True) -> Report:
         )
     model = model if inplace else copy.deepcopy(model)
     report = Report(model)
-    known = swaps()
+    known, missing = swaps()
+    if missing is not None:
+        report.changes.append(Change("", "SpikingJelly", None, missing))
     for name, module in model.named_modules():
         change = consider(name, module, known)
         if change is not None:
@@ -142,14 +145,18 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def swaps() -> dict[type, type]:
-    """The class that stands for each known one."""
+def swaps() -> tuple[dict[type, type], str | None]:
+    """The class that stands for each known one, and why SpikingJelly's are not among them."""
     found: list[type] = list(PLAIN)
+    missing = None
     if "spikingjelly.activation_based.neuron" in sys.modules:
-        from . import jelly
+        try:
+            from . import jelly
 
-        found += jelly.SWAPS
-    return {event.replaces: event for event in found}  # type: ignore[attr-defined]
+            found += jelly.SWAPS
+        except (ImportError, AttributeError) as error:
+            missing = f"its modules are known as of version 2.0.0, and here: {error}"
+    return {event.replaces: event for event in found}, missing  # type: ignore[attr-defined]
 
 
 def consider(name: str, module: nn.Module, known: dict[type, type]) -> Change | None:
@@ -179,7 +186,7 @@ def subclass_of_known(name: str, module: nn.Module, known: dict[type, type]) -> 
 
 def objection(module: nn.Module, event: type) -> str | None:
     """Why a module of a known class cannot be computed by the kernels."""
-    if not native_serves(_cpu()):
+    if not native_serves(torch.device("cpu")):
         return "the native kernels are not available (see atsnn.available_backends())"
     if "forward" in module.__dict__:
         return "its forward was replaced by another"
@@ -189,9 +196,3 @@ def objection(module: nn.Module, event: type) -> str | None:
         settings = event.kernel_settings(module)
         return settings if isinstance(settings, str) else None
     return None
-
-
-def _cpu():
-    import torch
-
-    return torch.device("cpu")

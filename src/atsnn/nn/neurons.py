@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..checks import check_choice, check_number
+from ..checks import InvalidValue, check_choice, check_number
 from ..layout import TokenLayout
-from ..reference import SURROGATES
+from ..reference import SURROGATES, arithmetic_dtype
 
 STEP_MODES = ("s", "m")
 
@@ -81,6 +81,27 @@ class Neuron(nn.Module):
         single = self.step_mode == "s"
         spikes, self.v = self.run(x.unsqueeze(0) if single else x, self.v)
         return spikes.squeeze(0) if single else spikes
+
+    def functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Tensor | float | None, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A call that keeps nothing: ``((spikes,), (v,))`` of ``(x,)`` from the state ``(v,)``.
+
+        The form of SpikingJelly's ``MemoryModule.functional_forward``. ``v`` is a tensor, a number
+        that all neurons begin at, or ``None``: at rest.
+        """
+        name = f"{type(self).__name__}.functional_forward"
+        for what, given in (("inputs", inputs), ("states", states)):
+            if not isinstance(given, tuple) or len(given) != 1:
+                raise InvalidValue(f"{name}: {what} must be a tuple of one, got {given!r:.60}")
+        (x,), (v,) = inputs, states
+        single = self.step_mode == "s"
+        steps = x.unsqueeze(0) if single else x
+        if v is not None and not isinstance(v, Tensor):
+            dtype = arithmetic_dtype(x.dtype)
+            v = torch.full(steps.shape[1:], float(v), dtype=dtype, device=x.device)
+        spikes, v = self.run(steps, v)
+        return (spikes.squeeze(0) if single else spikes,), (v,)
 
     def reset(self) -> None:
         """Forget the membrane; the next call starts at rest."""
