@@ -285,6 +285,16 @@ def test_subclasses_are_refused_unless_they_are_ours():
     assert from_spikingjelly(theirs).config.attn_threshold == 0.5
 
 
+def test_an_accelerated_model_is_read_as_what_it_was():
+    theirs = randomise(jelly()).eval()
+    want = from_spikingjelly(theirs)
+    atsnn.accelerate(theirs)
+    assert type(theirs.patch_embed.stages[0].neuron) is not neuron.LIFNode
+    got = from_spikingjelly(theirs)
+    assert got.config == want.config
+    assert_same_state(got.state_dict(), want.state_dict())
+
+
 def test_counts_of_batches_that_differ_are_refused():
     ours = atsnn.ATSpikformer(atsnn.SpikformerConfig(**SMALL, pool="before_lif", bias=False))
     ours.block[0].attn.k_bn.num_batches_tracked += 1

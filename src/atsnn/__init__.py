@@ -1,6 +1,6 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
-from . import compare, convert, export, firing, functional, nn, schedule, testing
+from . import compare, convert, export, firing, functional, nir, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
@@ -31,6 +31,7 @@ __all__ = [
     "freeze",
     "from_pretrained",
     "functional",
+    "nir",
     "nn",
     "schedule",
     "testing",
