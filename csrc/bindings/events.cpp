@@ -152,12 +152,15 @@ Tensor spike_linear(const Tensor& spikes, const Tensor& weight, const Tensor& bi
                     spikes.sizes());
   const Tensor x = spikes.contiguous(), w = weight.contiguous(), b = bias.contiguous();
   RowInput in{K};
+  Tensor counts;
   if (as_bits) {
     check_bits(op, x, K);
     in.bits = bits_of(x);
     in.stride = W;
   } else {
-    in.values = read<float>(x);
+    counts = counted_rows(x);
+    in.counts = counts.defined() ? read<uint8_t>(counts) : nullptr;
+    in.values = counts.defined() ? nullptr : read<float>(x);
   }
   auto shape = spikes.sizes().vec();
   shape.back() = outputs;

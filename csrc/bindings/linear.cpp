@@ -3,6 +3,7 @@
 
 #include <ATen/ops/full.h>
 
+#include <atomic>
 #include <numeric>
 
 #include "../engine/parallel.h"
@@ -53,6 +54,29 @@ Tensor packed(const Tensor& x, bool* binary) {
   *binary = std::accumulate(whole.begin(), whole.end(), char(1),
                             [](char a, char b) { return char(a & b); });
   return bits;
+}
+
+Tensor counted_rows(const Tensor& x) {
+  Tensor counts = at::empty(x.sizes(), x.options().dtype(at::kByte));
+  const float* from = read<float>(x);
+  uint8_t* to = write<uint8_t>(counts);
+  const int64_t n = x.numel();
+  std::atomic<bool> whole{true};
+  constexpr int64_t piece = 1 << 14;
+  parallel(at::get_num_threads(), (n + piece - 1) / piece, [&](int64_t task, int) {
+    if (!whole.load(std::memory_order_relaxed)) return;
+    const int64_t end = std::min(n, (task + 1) * piece);
+    uint32_t other = 0;
+    for (int64_t i = task * piece; i < end; ++i) {
+      // Between the bounds, which a NaN is not, the conversion is defined.
+      const float bounded = from[i] >= 0.0f && from[i] <= 255.0f ? from[i] : 0.0f;
+      const auto count = static_cast<int32_t>(bounded);
+      other |= uint32_t(static_cast<float>(count) != from[i]);
+      to[i] = static_cast<uint8_t>(count);
+    }
+    if (other) whole.store(false, std::memory_order_relaxed);
+  });
+  return whole ? counts : Tensor();
 }
 
 void check_packed(const char* op, const Tensor& weight, const Tensor& bias, int64_t outputs) {
@@ -180,7 +204,7 @@ std::tuple<Tensor, Tensor> spike_linear_lif(
   }
   const Tensor x = spikes.contiguous(), w = weight.contiguous(), b = bias.contiguous();
   RowInput in{K};
-  Tensor bits = x;
+  Tensor bits = x, counts;
   bool binary = true;
   if (!as_bits) bits = packed(x, &binary);
   if (binary) {
@@ -188,7 +212,9 @@ std::tuple<Tensor, Tensor> spike_linear_lif(
     in.stride = words(K);
     if (as_bits) check_bits(op, bits, K);
   } else {
-    in.values = read<float>(x);
+    counts = counted_rows(x);
+    in.counts = counts.defined() ? read<uint8_t>(counts) : nullptr;
+    in.values = counts.defined() ? nullptr : read<float>(x);
   }
   const PackedLinear& map = map_of(w, b, outputs);
   auto out_shape = spikes.sizes().vec();

@@ -13,6 +13,10 @@ std::vector<ChunkScratch>& scratch();
 // Bits [..., words] of x [..., C]; `binary` says whether x holds nothing but 0 and 1.
 Tensor packed(const Tensor& x, bool* binary);
 
+// Contiguous x as bytes if it holds small counts, as a residual stream of spikes does; else
+// undefined.
+Tensor counted_rows(const Tensor& x);
+
 void check_packed(const char* op, const Tensor& weight, const Tensor& bias, int64_t outputs);
 // That rows of bits have none past their last channel.
 void check_bits(const char* op, const Tensor& bits, int64_t channels);

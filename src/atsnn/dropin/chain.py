@@ -16,9 +16,10 @@ from .conditions import at_rest
 from .neurons import Settings, known_settings, membrane, run, settings_of
 from .spikes import OPS, Spikes
 
-# Where more of the inputs are not zero, dense arithmetic is faster. Measured for 64 to 512 channels
-# on AVX-512 (benchmarks/bench_dropin.py): both take about as long at 40 to 60 %.
-MOST_EVENTS = 0.35
+# Where more of the inputs are not zero, dense arithmetic is as fast: for convolutions, for inputs
+# that are not spikes, and for linear layers of fewer rows than the second number. With more rows
+# spikes are faster to add at any rate. (Measured on AVX-512; see docs/results.md.)
+MOST_EVENTS, MANY_ROWS = 0.35, 16
 # A layer whose input was too dense looks again after so many calls.
 PATIENCE = 16
 POINT: Window = (1, 1, 1, 1, 0, 0)
@@ -149,18 +150,27 @@ class Chain:
         ``None`` where too many are not 0.
         """
         if isinstance(x, Spikes):
-            return None if x.count > MOST_EVENTS * x.numel else x.bits
+            return None if self._too_many(x.count, x.numel, True) else x.bits
         if self._rest:
             self._rest -= 1
             return None
         maps = not isinstance(self.layer, nn.Linear)
         bits, nonzero, binary = OPS.pack_maps(x.flatten(0, 1)) if maps else OPS.pack_counted(x)
-        if nonzero > MOST_EVENTS * x.numel():
+        if self._too_many(nonzero, x.numel(), binary):
             self._rest = PATIENCE
             return None
         if not binary:
             return x.movedim(2, -1) if maps else x
         return bits.unflatten(0, x.shape[:2]) if maps else bits
+
+    def _too_many(self, nonzero: int, inputs: int, binary: bool) -> bool:
+        """Whether dense arithmetic is faster for so many of the inputs."""
+        layer = self.layer
+        if binary and (isinstance(layer, nn.Linear) or pointwise(layer)):
+            width = layer.weight.shape[1]
+            if inputs >= MANY_ROWS * width:
+                return False
+        return nonzero > MOST_EVENTS * inputs
 
     # -- kernels -----------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .chain import Chain, refusal
 from .conditions import at_rest, events_serve
-from .layers import kept, looked_at, run_plan
+from .layers import FIRES, LOOKS, kept, looked_at, run_plan
 from .neurons import is_number, known_settings, membrane, settings_of
 from .sequence import (
     BATCH_NORMS,
@@ -111,6 +111,7 @@ class EventLIFNode(Computed, neuron.LIFNode):
     """``LIFNode`` by :func:`atsnn.functional.neuron`."""
 
     replaces = neuron.LIFNode
+    how = FIRES
 
     def kernel_settings(self) -> dict[str, Any] | str:
         found = common_settings(self)
@@ -125,6 +126,7 @@ class EventIFNode(Computed, neuron.IFNode):
     """``IFNode`` by :func:`atsnn.functional.neuron`."""
 
     replaces = neuron.IFNode
+    how = FIRES
 
     def kernel_settings(self) -> dict[str, Any] | str:
         found = common_settings(self)
@@ -135,6 +137,7 @@ class EventParametricLIFNode(Computed, neuron.ParametricLIFNode):
     """``ParametricLIFNode`` by :func:`atsnn.functional.neuron`."""
 
     replaces = neuron.ParametricLIFNode
+    how = FIRES
 
     def kernel_settings(self) -> dict[str, Any] | str:
         found = common_settings(self)
@@ -168,24 +171,28 @@ class EventJellyLinear(EventLayer, layer.Linear):
     """``layer.Linear`` that adds the weights of what fired where its input is spikes."""
 
     replaces = layer.Linear
+    how = LOOKS
 
 
 class EventJellyConv1d(EventLayer, layer.Conv1d):
     """``layer.Conv1d`` of one tap that does."""
 
     replaces = layer.Conv1d
+    how = LOOKS
 
 
 class EventJellyConv2d(EventLayer, layer.Conv2d):
     """``layer.Conv2d`` that does."""
 
     replaces = layer.Conv2d
+    how = LOOKS
 
 
 class EventSeqToANNContainer(layer.SeqToANNContainer):
     """``SeqToANNContainer`` that folds its BatchNorms and looks for spikes."""
 
     replaces = layer.SeqToANNContainer
+    how = "inference: BatchNorm folded, spikes looked for"
 
     def forward(self, x_seq: Tensor) -> Any:
         y = run_plan(self, x_seq)
@@ -204,6 +211,7 @@ class EventConv2dBNLIF(spikformer.SpikformerConv2dBNLIF):
     """A convolution of Spikformer's stem, its BatchNorm, pooling and neurons as one kernel."""
 
     replaces = spikformer.SpikformerConv2dBNLIF
+    how = "inference: one kernel"
 
     def forward(self, x_seq: Tensor) -> Tensor:
         y = run_plan(self, x_seq)
@@ -223,6 +231,7 @@ class EventMLP(spikformer.SpikformerMLP):
     """Spikformer's MLP: two chains, with bits between them."""
 
     replaces = spikformer.SpikformerMLP
+    how = "inference: two kernels, bits between them"
 
     def forward(self, x_seq: Tensor) -> Tensor:
         y = run_plan(self, x_seq)
@@ -258,6 +267,7 @@ class EventSpikingSelfAttention(layer.SpikingSelfAttention):
     """Spiking self-attention on bits: projections, attention and neurons."""
 
     replaces = layer.SpikingSelfAttention
+    how = "inference: projections and attention on bits"
 
     def forward(self, x_seq: Tensor) -> Tensor:
         y = self._on_bits(x_seq)
@@ -309,6 +319,7 @@ class EventSpikeDrivenSelfAttention(layer.SpikeDrivenSelfAttention):
     """Spike-driven self-attention on bits."""
 
     replaces = layer.SpikeDrivenSelfAttention
+    how = "inference: projections and attention on bits"
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._on_bits(x)
@@ -355,6 +366,7 @@ class EventDrivenMLP(sdt._MLP):
     """The MLP of Spike-driven Transformer: neurons before each layer, a residual after it."""
 
     replaces = sdt._MLP
+    how = "inference: two kernels, bits between them"
 
     def forward(self, x: Tensor) -> Tensor:
         chains = kept(self, "_atsnn_chains", lambda: driven_mlp_chains(self))
@@ -379,6 +391,7 @@ class EventPatchEmbed(sdt._PatchEmbed):
     """The stem of Spike-driven Transformer, whose position is a convolution of spikes."""
 
     replaces = sdt._PatchEmbed
+    how = "inference: the position on bits"
 
     def forward(self, x: Tensor) -> Tensor:
         position = kept(self, "_atsnn_chains", lambda: Chain(self.rpe_conv, self.rpe_bn))

@@ -14,6 +14,10 @@ from .chain import FEW_INPUTS, Chain
 from .conditions import events_serve
 from .sequence import CONTAINERS, LAYERS, Plan, open_sequential
 
+# What a report says of a module's new class.
+LOOKS = "inference: adds the weights of what fired, where its input is spikes"
+FIRES = "training and inference: atsnn's neuron"
+
 
 def kept(module: nn.Module, name: str, make: Any) -> Any:
     """What a module carries beside its state: made at the first call, not part of a checkpoint."""
@@ -41,6 +45,7 @@ class EventLinear(nn.Linear):
     """``nn.Linear`` that adds the weights of what fired where its input is spikes."""
 
     replaces = nn.Linear
+    how = LOOKS
 
     def forward(self, x: Tensor) -> Tensor:
         y = looked_at(self, x)
@@ -51,6 +56,7 @@ class EventConv1d(nn.Conv1d):
     """``nn.Conv1d`` of one tap that does."""
 
     replaces = nn.Conv1d
+    how = LOOKS
 
     def forward(self, x: Tensor) -> Tensor:
         y = looked_at(self, x)
@@ -61,6 +67,7 @@ class EventConv2d(nn.Conv2d):
     """``nn.Conv2d`` that does."""
 
     replaces = nn.Conv2d
+    how = LOOKS
 
     def forward(self, x: Tensor) -> Tensor:
         y = looked_at(self, x)
@@ -79,6 +86,7 @@ class EventSequential(nn.Sequential):
     """``nn.Sequential`` that runs chains of layer, BatchNorm and neuron as one kernel each."""
 
     replaces = nn.Sequential
+    how = "inference: chains of layer, BatchNorm and neuron as one kernel"
 
     def forward(self, x: Any) -> Any:
         y = run_plan(self, x)

@@ -169,7 +169,7 @@ def consider(name: str, module: nn.Module, known: dict[type, type]) -> Change | 
     reason = objection(module, event)
     if reason is None:
         module.__class__ = event
-        return Change(name, kind.__name__, event.__name__, event.__doc__.splitlines()[0])  # type: ignore[union-attr]
+        return Change(name, kind.__name__, event.__name__, event.how)  # type: ignore[attr-defined]
     return Change(name, kind.__name__, None, reason)
 
 
