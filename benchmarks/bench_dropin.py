@@ -4,8 +4,8 @@
 
 The models are made to fire (tests/lively.py): their BatchNorms get the statistics of their inputs
 and biases between -0.75 and 0.25 standard deviations. Weights and images are on a dyadic grid, so
-that both must give the same bits, which is checked before anything is timed. "compiled" is the model before, under
-``torch.compile``. Membranes are reset before every call, which is timed with it.
+that both must give the same bits, which is checked before anything is timed. "compiled" is the
+model before, under ``torch.compile``. Membranes are reset before every call, which is timed too.
 """
 
 from __future__ import annotations

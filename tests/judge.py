@@ -10,16 +10,9 @@ from spikingjelly.activation_based.model.spikformer import Spikformer
 from torch import Tensor
 
 import atsnn
+from atsnn.reference import SURROGATE_CLASSES
 
-SURROGATES = {
-    "sigmoid": surrogate.Sigmoid,
-    "atan": surrogate.ATan,
-    "piecewise_quadratic": surrogate.PiecewiseQuadratic,
-    "piecewise_exp": surrogate.PiecewiseExp,
-    "soft_sign": surrogate.SoftSign,
-    "super_spike": surrogate.SuperSpike,
-    "erf": surrogate.Erf,
-}
+SURROGATES = {name: getattr(surrogate, theirs) for name, theirs in SURROGATE_CLASSES.items()}
 
 
 def neuron(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import MissingDependency, require
-from .reference import SURROGATES, arithmetic_dtype
+from .reference import SURROGATE_CLASSES, SURROGATES, arithmetic_dtype
 
 __all__ = ["norse_lif", "snntorch_leaky", "spikingjelly_neuron"]
 
@@ -47,12 +47,7 @@ def spikingjelly_neuron(
         x.dtype in (torch.float32, torch.float64),
         f"SpikingJelly keeps its membrane in the type of x, {x.dtype}",
     )
-    names = {
-        "sigmoid": "Sigmoid", "atan": "ATan", "piecewise_quadratic": "PiecewiseQuadratic",
-        "piecewise_exp": "PiecewiseExp", "soft_sign": "SoftSign", "super_spike": "SuperSpike",
-        "erf": "Erf",
-    }  # fmt: skip
-    derivative = getattr(derivatives, names[surrogate])(alpha=_alpha(surrogate, alpha))
+    derivative = getattr(derivatives, SURROGATE_CLASSES[surrogate])(alpha=_alpha(surrogate, alpha))
     v = _start(x, v, v_reset)
     _expressible(len(x) > 0, "SpikingJelly needs at least one timestep")
     last = (v_threshold, v_reset, derivative, detach_reset, False)

@@ -51,6 +51,17 @@ SURROGATES: dict[str, Surrogate] = {
     "erf": Surrogate(2.0, lambda z, a: a / math.sqrt(math.pi) * torch.exp(-((a * z) ** 2))),
 }
 
+# What SpikingJelly calls them.
+SURROGATE_CLASSES = {
+    "sigmoid": "Sigmoid",
+    "atan": "ATan",
+    "piecewise_quadratic": "PiecewiseQuadratic",
+    "piecewise_exp": "PiecewiseExp",
+    "soft_sign": "SoftSign",
+    "super_spike": "SuperSpike",
+    "erf": "Erf",
+}
+
 
 class _Fire(torch.autograd.Function):
     """``s = 1 if z >= 0 else 0``, differentiated by a surrogate."""

@@ -11,19 +11,9 @@ from torch import Tensor, nn
 from ..checks import InvalidType, InvalidValue, check_finite, require
 from ..nn.config import STEMS, SpikformerConfig
 from ..nn.model import ATSpikformer
-from ..reference import SURROGATES
+from ..reference import SURROGATE_CLASSES, SURROGATES
 from .common import COUNTER, build, check_fixed, check_plain, fold_biases, ratio_of
 
-# SpikingJelly's class for each of our surrogates.
-CLASSES = {
-    "sigmoid": "Sigmoid",
-    "atan": "ATan",
-    "piecewise_quadratic": "PiecewiseQuadratic",
-    "piecewise_exp": "PiecewiseExp",
-    "soft_sign": "SoftSign",
-    "super_spike": "SuperSpike",
-    "erf": "Erf",
-}
 # What a neuron computes with; the surrogate besides.
 NEURON = ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset")
 STACKED = ("weight", "bias", "running_mean", "running_var")  # of a BatchNorm, by channels
@@ -230,7 +220,7 @@ def _set_surrogate(
 ) -> None:
     from spikingjelly.activation_based import surrogate
 
-    make = getattr(surrogate, CLASSES[_one(op, model, ours, "surrogate")])
+    make = getattr(surrogate, SURROGATE_CLASSES[_one(op, model, ours, "surrogate")])
     node: Any = theirs.get_submodule(name)
     node.surrogate_function = make(alpha=float(_one(op, model, ours, "alpha")))
 
@@ -270,11 +260,11 @@ def _surrogate(op: str, name: str, node: Any) -> tuple[str, float]:
 
     if not _is_kind(node, neuron.LIFNode):
         raise InvalidValue(f"{op}: {name} must be a LIFNode, got {type(node).__name__}")
-    for ours, theirs in CLASSES.items():
+    for ours, theirs in SURROGATE_CLASSES.items():
         if type(node.surrogate_function) is getattr(surrogate, theirs):
             return ours, float(node.surrogate_function.alpha)
     raise InvalidValue(
-        f"{op}: {name}.surrogate_function must be one of {', '.join(CLASSES.values())}, "
+        f"{op}: {name}.surrogate_function must be one of {', '.join(SURROGATE_CLASSES.values())}, "
         f"got {type(node.surrogate_function).__name__}"
     )
 

@@ -15,9 +15,10 @@ from spikingjelly.activation_based.model import spikformer
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..reference import SURROGATE_CLASSES
 from .chain import Chain, refusal
 from .conditions import at_rest, events_serve
-from .layers import FIRES, LOOKS, kept, looked_at, run_plan
+from .layers import Looks, Plans, kept
 from .neurons import is_number, known_settings, membrane, settings_of
 from .sequence import (
     BATCH_NORMS,
@@ -32,15 +33,7 @@ from .sequence import (
 )
 from .spikes import OPS, Spikes, dense
 
-SURROGATES = {
-    surrogate.Sigmoid: "sigmoid",
-    surrogate.ATan: "atan",
-    surrogate.PiecewiseQuadratic: "piecewise_quadratic",
-    surrogate.PiecewiseExp: "piecewise_exp",
-    surrogate.SoftSign: "soft_sign",
-    surrogate.SuperSpike: "super_spike",
-    surrogate.Erf: "erf",
-}
+SURROGATES = {getattr(surrogate, theirs): ours for ours, theirs in SURROGATE_CLASSES.items()}
 
 # -- neurons --------------------------------------------------------------------------------------
 
@@ -70,6 +63,7 @@ def common_settings(node: neuron.BaseNode) -> dict[str, Any] | str:
 class Computed:
     """The transitions of a neuron by :func:`atsnn.functional.neuron`, on float32 or float64."""
 
+    how = "training and inference: atsnn's neuron"
     step_mode: str
 
     def kernel_settings(self) -> dict[str, Any] | str:
@@ -111,7 +105,6 @@ class EventLIFNode(Computed, neuron.LIFNode):
     """``LIFNode`` by :func:`atsnn.functional.neuron`."""
 
     replaces = neuron.LIFNode
-    how = FIRES
 
     def kernel_settings(self) -> dict[str, Any] | str:
         found = common_settings(self)
@@ -126,7 +119,6 @@ class EventIFNode(Computed, neuron.IFNode):
     """``IFNode`` by :func:`atsnn.functional.neuron`."""
 
     replaces = neuron.IFNode
-    how = FIRES
 
     def kernel_settings(self) -> dict[str, Any] | str:
         found = common_settings(self)
@@ -137,7 +129,6 @@ class EventParametricLIFNode(Computed, neuron.ParametricLIFNode):
     """``ParametricLIFNode`` by :func:`atsnn.functional.neuron`."""
 
     replaces = neuron.ParametricLIFNode
-    how = FIRES
 
     def kernel_settings(self) -> dict[str, Any] | str:
         found = common_settings(self)
@@ -154,49 +145,42 @@ class EventParametricLIFNode(Computed, neuron.ParametricLIFNode):
 # -- layers ---------------------------------------------------------------------------------------
 
 
-class EventLayer:
+class EventLayer(Looks):
     """A layer with a step mode: all timesteps are images to it."""
 
-    def forward(self, x: Tensor) -> Any:
-        multi = self.step_mode == "m" and not isinstance(self, nn.Linear)  # type: ignore[attr-defined]
-        y = None
-        if isinstance(x, Tensor) and (not multi or x.dim() > 2):
-            y = looked_at(self, x.flatten(0, 1) if multi else x)  # type: ignore[arg-type]
-        if y is None:
-            return super().forward(x)  # type: ignore[misc]
-        return y.unflatten(0, x.shape[:2]) if multi else y
+    step_mode: str
+
+    def seen(self, x: Any) -> Tensor | None:
+        if self.step_mode != "m" or isinstance(self, nn.Linear):
+            return super().seen(x)
+        if not isinstance(x, Tensor) or x.dim() < 3:
+            return None
+        y = super().seen(x.flatten(0, 1))
+        return None if y is None else y.unflatten(0, x.shape[:2])
 
 
 class EventJellyLinear(EventLayer, layer.Linear):
     """``layer.Linear`` that adds the weights of what fired where its input is spikes."""
 
     replaces = layer.Linear
-    how = LOOKS
 
 
 class EventJellyConv1d(EventLayer, layer.Conv1d):
     """``layer.Conv1d`` of one tap that does."""
 
     replaces = layer.Conv1d
-    how = LOOKS
 
 
 class EventJellyConv2d(EventLayer, layer.Conv2d):
     """``layer.Conv2d`` that does."""
 
     replaces = layer.Conv2d
-    how = LOOKS
 
 
-class EventSeqToANNContainer(layer.SeqToANNContainer):
+class EventSeqToANNContainer(Plans, layer.SeqToANNContainer):
     """``SeqToANNContainer`` that folds its BatchNorms and looks for spikes."""
 
     replaces = layer.SeqToANNContainer
-    how = "inference: BatchNorm folded, spikes looked for"
-
-    def forward(self, x_seq: Tensor) -> Any:
-        y = run_plan(self, x_seq)
-        return super().forward(x_seq) if y is None else y
 
 
 def open_folding(module: nn.Module, folded: bool) -> Any:
@@ -207,15 +191,10 @@ def open_folding(module: nn.Module, folded: bool) -> Any:
 # -- Spikformer -----------------------------------------------------------------------------------
 
 
-class EventConv2dBNLIF(spikformer.SpikformerConv2dBNLIF):
+class EventConv2dBNLIF(Plans, spikformer.SpikformerConv2dBNLIF):
     """A convolution of Spikformer's stem, its BatchNorm, pooling and neurons as one kernel."""
 
     replaces = spikformer.SpikformerConv2dBNLIF
-    how = "inference: one kernel"
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        y = run_plan(self, x_seq)
-        return super().forward(x_seq) if y is None else y
 
 
 def open_conv(module: Any, folded: bool) -> Any:
@@ -227,15 +206,10 @@ def open_block(module: Any, folded: bool) -> Any:
     yield from items(module.block)
 
 
-class EventMLP(spikformer.SpikformerMLP):
+class EventMLP(Plans, spikformer.SpikformerMLP):
     """Spikformer's MLP: two chains, with bits between them."""
 
     replaces = spikformer.SpikformerMLP
-    how = "inference: two kernels, bits between them"
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        y = run_plan(self, x_seq)
-        return super().forward(x_seq) if y is None else y
 
 
 CONTAINERS |= {

@@ -14,10 +14,6 @@ from .chain import FEW_INPUTS, Chain
 from .conditions import events_serve
 from .sequence import CONTAINERS, LAYERS, Plan, open_sequential
 
-# What a report says of a module's new class.
-LOOKS = "inference: adds the weights of what fired, where its input is spikes"
-FIRES = "training and inference: atsnn's neuron"
-
 
 def kept(module: nn.Module, name: str, make: Any) -> Any:
     """What a module carries beside its state: made at the first call, not part of a checkpoint."""
@@ -41,37 +37,36 @@ def looked_at(layer: nn.Module, x: Tensor) -> Tensor | None:
     return y if y is None or not one else y.squeeze(0)
 
 
-class EventLinear(nn.Linear):
+class Looks:
+    """A layer that looks at its input."""
+
+    how = "inference: adds the weights of what fired, where its input is spikes"
+
+    def seen(self, x: Any) -> Tensor | None:
+        """The output for spikes; ``None``: ``x`` is something else."""
+        return looked_at(self, x)  # type: ignore[arg-type]
+
+    def forward(self, x: Any) -> Any:
+        y = self.seen(x)
+        return super().forward(x) if y is None else y  # type: ignore[misc]
+
+
+class EventLinear(Looks, nn.Linear):
     """``nn.Linear`` that adds the weights of what fired where its input is spikes."""
 
     replaces = nn.Linear
-    how = LOOKS
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = looked_at(self, x)
-        return super().forward(x) if y is None else y
 
 
-class EventConv1d(nn.Conv1d):
+class EventConv1d(Looks, nn.Conv1d):
     """``nn.Conv1d`` of one tap that does."""
 
     replaces = nn.Conv1d
-    how = LOOKS
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = looked_at(self, x)
-        return super().forward(x) if y is None else y
 
 
-class EventConv2d(nn.Conv2d):
+class EventConv2d(Looks, nn.Conv2d):
     """``nn.Conv2d`` that does."""
 
     replaces = nn.Conv2d
-    how = LOOKS
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = looked_at(self, x)
-        return super().forward(x) if y is None else y
 
 
 def run_plan(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -82,15 +77,20 @@ def run_plan(module: nn.Module, x: Tensor) -> Tensor | None:
     return None if sequence is None else sequence(x)
 
 
-class EventSequential(nn.Sequential):
-    """``nn.Sequential`` that runs chains of layer, BatchNorm and neuron as one kernel each."""
+class Plans:
+    """A container that runs the chains in it as one kernel each."""
 
-    replaces = nn.Sequential
     how = "inference: chains of layer, BatchNorm and neuron as one kernel"
 
     def forward(self, x: Any) -> Any:
-        y = run_plan(self, x)
-        return super().forward(x) if y is None else y
+        y = run_plan(self, x)  # type: ignore[arg-type]
+        return super().forward(x) if y is None else y  # type: ignore[misc]
+
+
+class EventSequential(Plans, nn.Sequential):
+    """``nn.Sequential`` that runs chains of layer, BatchNorm and neuron as one kernel each."""
+
+    replaces = nn.Sequential
 
 
 CONTAINERS[EventSequential] = open_sequential
