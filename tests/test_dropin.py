@@ -395,20 +395,41 @@ def test_our_neurons_in_spikingjellys_company(mode):
         ours.functional_forward((x,), ())
 
 
-def test_without_spikingjelly_plain_layers_look_for_spikes():
+def test_plain_layers_look_for_spikes():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(130, 70), nn.BatchNorm1d(70), nn.ReLU(), nn.Linear(70, 130), atsnn.nn.LIF(),
+        nn.Linear(512, 300), nn.BatchNorm1d(300), nn.ReLU(), nn.Linear(300, 130), atsnn.nn.LIF(),
         nn.Linear(130, 5),
     ).eval()  # fmt: skip
     fast = accelerate(model, inplace=False).model
-    spikes = (torch.rand(6, 130) < 0.2).float()
+    spikes = (torch.rand(64, 512) < 0.2).float()
     with torch.no_grad():
+        assert not torch.equal(fast[0](spikes), model[0](spikes))  # added in another order
         torch.testing.assert_close(fast[0](spikes), model[0](spikes))
         torch.testing.assert_close(fast(spikes), model(spikes))
         assert torch.equal(fast[0](spikes + 0.5), model[0](spikes + 0.5))  # dense: its own
-        conv = nn.Conv2d(32, 8, 3, stride=2, padding=1)
-        quick = accelerate(conv, inplace=False).model
-        maps = (torch.rand(2, 32, 9, 9) < 0.2).float()
-        torch.testing.assert_close(quick(maps), conv(maps))
-        torch.testing.assert_close(quick(maps[0]), conv(maps[0]))
+        for conv, maps in (
+            (nn.Conv2d(32, 64, 3, stride=2, padding=1), (torch.rand(4, 32, 33, 33) < 0.2).float()),
+            (nn.Conv1d(128, 96, 1), (torch.rand(9, 128, 70) < 0.2).float()),
+        ):
+            quick = accelerate(conv.eval(), inplace=False).model
+            for x in (maps, maps * 2):
+                torch.testing.assert_close(quick(x), conv(x))
+            if conv.weight.dim() == 4:
+                assert not torch.equal(quick(maps), conv(maps))
+            torch.testing.assert_close(quick(maps[0]), conv(maps[0]))
+
+
+def test_what_is_too_small_or_too_dense_is_not_looked_at():
+    small = accelerate(nn.Linear(128, 128).eval()).model
+    with torch.no_grad():
+        small((torch.rand(16, 128) < 0.1).float())
+        assert "_atsnn_look" not in small.__dict__
+        large = accelerate(nn.Linear(600, 512).eval()).model
+        twin = copy.deepcopy(large)
+        dense, spikes = torch.rand(64, 600), (torch.rand(64, 600) < 0.1).float()
+        large(dense)
+        looks = [torch.equal(large(spikes), restore(copy.deepcopy(twin))(spikes))
+                 for _ in range(40)]  # fmt: skip
+        # The modules' own result for a while, then the event-driven one.
+        assert looks[0] and not looks[-1] and looks == sorted(looks, reverse=True)

@@ -151,8 +151,7 @@ class Chain:
         """
         if isinstance(x, Spikes):
             return None if self._too_many(x.count, x.numel, True) else x.bits
-        if self._rest:
-            self._rest -= 1
+        if self.rests():
             return None
         maps = not isinstance(self.layer, nn.Linear)
         bits, nonzero, binary = OPS.pack_maps(x.flatten(0, 1)) if maps else OPS.pack_counted(x)
@@ -162,6 +161,11 @@ class Chain:
         if not binary:
             return x.movedim(2, -1) if maps else x
         return bits.unflatten(0, x.shape[:2]) if maps else bits
+
+    def rests(self) -> bool:
+        """Whether the input was too dense a few calls ago, so that it is not worth a look."""
+        self._rest = max(self._rest - 1, 0)
+        return self._rest > 0
 
     def _too_many(self, nonzero: int, inputs: int, binary: bool) -> bool:
         """Whether dense arithmetic is faster for so many of the inputs."""

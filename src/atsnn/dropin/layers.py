@@ -14,6 +14,9 @@ from .chain import FEW_INPUTS, Chain
 from .conditions import events_serve
 from .sequence import CONTAINERS, LAYERS, Plan, open_sequential
 
+# Products that dense arithmetic does in the time that a look takes, some 60 microseconds.
+LEAST_WORK = 4_000_000
+
 
 def kept(module: nn.Module, name: str, make: Any) -> Any:
     """What a module carries beside its state: made at the first call, not part of a checkpoint."""
@@ -24,14 +27,18 @@ def kept(module: nn.Module, name: str, make: Any) -> Any:
     return found
 
 
-def looked_at(layer: nn.Module, x: Tensor) -> Tensor | None:
+def looked_at(layer: Any, x: Any) -> Tensor | None:
     """The output of a layer for spikes ``x [M, C, ...]`` or ``[..., C]``; ``None``: not spikes."""
-    if layer.weight[0].numel() <= FEW_INPUTS or not events_serve(x):  # type: ignore[index]
+    weight = layer.weight
+    inputs = weight[0].numel()
+    if not isinstance(x, Tensor) or inputs <= FEW_INPUTS:
+        return None
+    if x.numel() * (weight.numel() // weight.shape[1]) < LEAST_WORK or not events_serve(x):
         return None
     chain = kept(layer, "_atsnn_look", lambda: Chain(layer))
     one = not isinstance(layer, nn.Linear) or x.dim() == 1
     batch = x.unsqueeze(0) if one else x
-    if not chain.ready(batch):
+    if chain.rests() or not chain.ready(batch):
         return None
     y = chain.sums(batch)
     return y if y is None or not one else y.squeeze(0)
