@@ -317,6 +317,41 @@ def test_changed_weights_are_seen():
         assert torch.equal(fast(x), model(x))
 
 
+@pytest.mark.parametrize("name, where", [
+    ("csnn", "6"), ("spikformer", "blocks.1.attn.proj_lif"),
+    ("spikformer", "blocks.0.attn.attn_lif"),
+    ("spikformer", "blocks.0.mlp.neuron1"), ("sdt", "blocks.1.attn.k_lif"),
+    ("sdt", "blocks.0.mlp.lif2"), ("sdt", "patch_embed.final_lif"),
+])  # fmt: skip
+def test_what_is_recorded_or_replaced_is_as_before(name, where):
+    model, fast, x = lively_pair(name)
+    accelerate(fast)
+    model.eval(), fast.eval()
+    with torch.no_grad():
+        fast(x)
+        functional.reset_net(fast)
+        for net in (model, fast):
+            net.get_submodule(where).store_v_seq = True
+        assert torch.equal(fast(x), model(x))
+        a, b = (net.get_submodule(where).v_seq for net in (model, fast))
+        assert torch.equal(a, b)
+        functional.reset_net(model), functional.reset_net(fast)
+        for net in (model, fast):  # by one that no kernel knows
+            parent, _, child = where.rpartition(".")
+            other = neuron.LIFNode(surrogate_function=surrogate.LeakyKReLU(), step_mode="m",
+                                   v_threshold=0.5).eval()  # fmt: skip
+            setattr(net.get_submodule(parent), child, other)
+        assert torch.equal(fast(x), model(x))
+        assert_same_state(model, fast)
+        if name == "spikformer":  # other weights in the place of a layer
+            functional.reset_net(model), functional.reset_net(fast)
+            for net in (model, fast):
+                torch.manual_seed(8)
+                net.blocks[0].attn.qkv_conv_bn[0] = nn.Conv1d(64, 192, 1, bias=False)
+                net.blocks[0].attn.qkv_conv_bn[0].weight.mul_(64).round_().div_(64)
+            torch.testing.assert_close(fast(x), model(x))
+
+
 def test_wrong_input_is_the_models_own_error():
     model, fast, x = lively_pair("csnn")
     accelerate(fast)

@@ -86,6 +86,28 @@ def test_convolutions(window, channels, outputs):
     same(OPS.spike_conv_lif(*arguments), events._spike_conv_lif(*arguments))
 
 
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("channels, outputs", [(3, 70), (64, 5), (100, 64)])
+def test_convolutions_of_counts(window, channels, outputs):
+    numbers = Numbers(6)
+    w = packed(numbers, outputs, channels * window[0] * window[1])
+    x = (
+        numbers.spikes((3, 2, channels, 6, 7)) * numbers.integers(1, 3, (3, 2, channels, 6, 7))
+    ).float()
+    counts = OPS.count_maps(x.flatten(0, 1))
+    assert torch.equal(counts, events._count_maps(x.flatten(0, 1)))
+    assert torch.equal(
+        OPS.spike_conv(counts, *w, outputs, window), events._spike_conv(counts, *w, outputs, window)
+    )
+    for pool in (False, True):
+        arguments = (counts.unflatten(0, (3, 2)), *w, None, outputs, window, pool, 0, *LIF)
+        same(OPS.spike_conv_lif(*arguments), events._spike_conv_lif(*arguments))
+    for other in (0.5, -1.0, 256.0, float("nan")):
+        x[0, 0, 0, 0, 0] = other
+        assert OPS.count_maps(x.flatten(0, 1)).numel() == 0
+        assert events._count_maps(x.flatten(0, 1)).numel() == 0
+
+
 @pytest.mark.parametrize("inputs, outputs", [(5, 3), (64, 64), (130, 70)])
 def test_linear_maps(inputs, outputs):
     numbers = Numbers(3)

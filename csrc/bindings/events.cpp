@@ -34,17 +34,18 @@ Window window_of(const char* op, at::IntArrayRef window) {
   return w;
 }
 
-// Maps of bits [..., height, width, words], or of floats [..., channels, height, width].
+// Maps of bits [..., height, width, words] or of counts [..., height, width, channels], or of
+// floats [..., channels, height, width].
 struct Maps {
   int64_t height, width;
 
-  Maps(const char* op, const Tensor& maps, int64_t dims, int64_t channels, const Window& w,
-       bool floats = false) {
-    check_dtype(op, "maps", maps, floats ? at::kFloat : at::kLong);
-    const int64_t last = floats ? channels : words(channels);
+  Maps(const char* op, const Tensor& maps, int64_t dims, int64_t channels, const Window& w) {
+    const bool floats = maps.scalar_type() == at::kFloat, bytes = maps.scalar_type() == at::kByte;
+    if (!floats && !bytes) check_dtype(op, "maps", maps, at::kLong);
+    const int64_t last = floats || bytes ? channels : words(channels);
     TORCH_CHECK_VALUE(maps.dim() == dims && maps.size(floats ? -3 : -1) == last, op,
                       ": maps must have ", dims, " dimensions and ", last,
-                      floats ? " channels" : " words", ", got ", maps.sizes());
+                      floats || bytes ? " channels" : " words", ", got ", maps.sizes());
     height = maps.size(floats ? -2 : -3);
     width = maps.size(floats ? -1 : -2);
     TORCH_CHECK_VALUE(height + 2 * w.pad_y >= w.kernel_y && width + 2 * w.pad_x >= w.kernel_x, op,
@@ -115,6 +116,28 @@ std::tuple<Tensor, int64_t, bool> pack_maps(const Tensor& x) {
   return counted(bits, std::all_of(whole.begin(), whole.end(), [](char all) { return all; }));
 }
 
+// x [M, C, ...] as counts [M, ..., C]; an empty tensor if it holds anything else.
+Tensor count_maps(const Tensor& x) {
+  const char* op = "count_maps";
+  TORCH_CHECK_VALUE(x.dim() >= 2, op, ": x must have shape [M, C, ...], got ", x.sizes());
+  check_dtype(op, "x", x, at::kFloat);
+  const Tensor counts = counted_rows(x.contiguous());
+  if (!counts.defined()) return at::empty({0}, x.options().dtype(at::kByte));
+  const int64_t M = x.size(0), C = x.size(1), P = pixels_of(x.sizes());
+  auto shape = x.sizes().vec();
+  shape.erase(shape.begin() + 1);
+  shape.push_back(C);
+  const Tensor out = at::empty(shape, counts.options());
+  each_piece(M, P, [&](int64_t m, int64_t begin, int64_t end, int64_t) {
+    const uint8_t* from = read<uint8_t>(counts) + m * C * P;
+    uint8_t* to = write<uint8_t>(out) + m * C * P;
+    for (int64_t c = 0; c < C; ++c) {
+      for (int64_t p = begin; p < end; ++p) to[p * C + c] = from[c * P + p];
+    }
+  });
+  return out;
+}
+
 Tensor unpack_maps(const Tensor& bits, int64_t channels) {
   const char* op = "unpack_maps";
   check_dtype(op, "bits", bits, at::kLong);
@@ -181,26 +204,42 @@ Tensor spike_linear(const Tensor& spikes, const Tensor& weight, const Tensor& bi
   return out;
 }
 
-Tensor spike_conv(const Tensor& bits, const Tensor& weight, const Tensor& bias, int64_t outputs,
+// Of bits or of counts.
+Tensor spike_conv(const Tensor& spikes, const Tensor& weight, const Tensor& bias, int64_t outputs,
                   at::IntArrayRef window) {
   const char* op = "spike_conv";
   const Window at = window_of(op, window);
   check_packed(op, weight, bias, outputs);
   const int64_t channels = channels_of(op, weight, at);
-  const Maps maps(op, bits, 4, channels, at);
-  const Tensor x = bits.contiguous(), w = weight.contiguous(), b = bias.contiguous();
-  check_bits(op, x, channels);
-  Tensor out = at::empty({bits.size(0), outputs, at.height(maps.height), at.width(maps.width)},
+  const bool bytes = spikes.scalar_type() == at::kByte;
+  if (!bytes) check_dtype(op, "maps", spikes, at::kLong);
+  const Maps maps(op, spikes, 4, channels, at);
+  const Tensor x = spikes.contiguous(), w = weight.contiguous(), b = bias.contiguous();
+  if (!bytes) check_bits(op, x, channels);
+  Tensor out = at::empty({spikes.size(0), outputs, at.height(maps.height), at.width(maps.width)},
                          weight.options());
-  ConvLif a{nullptr,     bits_of(x), channels, 1,     bits.size(0),
-            maps.height, maps.width, false,    false, &map_of(w, b, outputs),
-            {},          nullptr,    nullptr,  at,    write<float>(out)};
+  ConvLif a{nullptr,
+            bytes ? nullptr : bits_of(x),
+            channels,
+            1,
+            spikes.size(0),
+            maps.height,
+            maps.width,
+            false,
+            false,
+            &map_of(w, b, outputs),
+            {},
+            nullptr,
+            nullptr,
+            at,
+            bytes ? read<uint8_t>(x) : nullptr,
+            write<float>(out)};
   run_conv_lif(a, level_kernels(), scratch());
   return out;
 }
 
-// Of bits [T, B, H, W, words], or of float maps [T, B, C, H, W], one timestep of which is shown
-// `still` times if that is not 0.
+// Of bits [T, B, H, W, words], of counts [T, B, H, W, C], or of float maps [T, B, C, H, W], one
+// timestep of which is shown `still` times if that is not 0.
 std::tuple<Tensor, Tensor, int64_t> spike_conv_lif(
     const Tensor& maps, const Tensor& weight, const Tensor& bias, const OptionalTensor& v,
     int64_t outputs, at::IntArrayRef window, bool pool, int64_t still, c10::string_view kind,
@@ -210,8 +249,8 @@ std::tuple<Tensor, Tensor, int64_t> spike_conv_lif(
   const Window at = window_of(op, window);
   check_packed(op, weight, bias, outputs);
   const int64_t channels = channels_of(op, weight, at);
-  const bool floats = maps.scalar_type() == at::kFloat;
-  const Maps in(op, maps, 5, channels, at, floats);
+  const bool floats = maps.scalar_type() == at::kFloat, bytes = maps.scalar_type() == at::kByte;
+  const Maps in(op, maps, 5, channels, at);
   TORCH_CHECK_VALUE(still == 0 || (floats && maps.size(0) == 1), op,
                     ": still must be 0, or so many timesteps of the one of float maps, got ", still,
                     " for ", maps.sizes());
@@ -232,14 +271,14 @@ std::tuple<Tensor, Tensor, int64_t> spike_conv_lif(
     state.fill_(v_reset.value_or(0.0));
   }
   const Tensor x = maps.contiguous(), w = weight.contiguous(), b = bias.contiguous();
-  if (!floats) check_bits(op, x, channels);
+  if (!floats && !bytes) check_bits(op, x, channels);
   Tensor out = at::empty({T, B, height, width, words(outputs)}, maps.options().dtype(at::kLong));
   const Charge charge = charge_of(std::string_view(kind.data(), kind.size()), decay_input);
   const Counted counted =
-      run_conv_lif({floats ? read<float>(x) : nullptr, floats ? nullptr : bits_of(x), channels, T,
-                    B, in.height, in.width, still != 0, pool, &map_of(w, b, outputs),
+      run_conv_lif({floats ? read<float>(x) : nullptr, floats || bytes ? nullptr : bits_of(x),
+                    channels, T, B, in.height, in.width, still != 0, pool, &map_of(w, b, outputs),
                     neuron_settings(charge, tau, inv_tau, v_threshold, v_reset), bits_to(out),
-                    write<float>(state), at},
+                    write<float>(state), at, bytes ? read<uint8_t>(x) : nullptr},
                    level_kernels(), scratch());
   return {out, state, counted.spikes[0]};
 }
@@ -332,6 +371,7 @@ std::tuple<Tensor, Tensor, int64_t> attend_lif(const Tensor& q, const Tensor& k,
 TORCH_LIBRARY_IMPL(atsnn, CPU, m) {
   m.impl("pack_counted", &atsnn::pack_counted);
   m.impl("pack_maps", &atsnn::pack_maps);
+  m.impl("count_maps", &atsnn::count_maps);
   m.impl("unpack_maps", &atsnn::unpack_maps);
   m.impl("count_spikes", &atsnn::count_spikes);
   m.impl("spike_linear", &atsnn::spike_linear);

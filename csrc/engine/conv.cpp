@@ -40,10 +40,11 @@ struct Strip {
   int64_t image, top, bottom;
 };
 
-// Lists the inputs of the pixels of a strip at timesteps [begin, end), pixel by pixel: of bits.
-class BitListing {
+// Lists the inputs of the pixels of a strip at timesteps [begin, end), pixel by pixel: of bits or
+// of counts.
+class SpikeListing {
  public:
-  BitListing(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end)
+  SpikeListing(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end)
       : a_(a),
         k_(k),
         strip_(strip),
@@ -56,7 +57,12 @@ class BitListing {
   // The share of inputs that fire.
   double rate() const {
     int64_t entries = 0;
-    for (int64_t t = 0; t < steps_; ++t) entries += k_.count(word(t, 0), around_ * stride_);
+    for (int64_t t = 0; t < steps_; ++t) {
+      if (!a_.counts) entries += k_.count(word(t, 0), around_ * stride_);
+      for (int64_t i = 0; a_.counts && i < around_ * a_.channels; ++i) {
+        entries += count(t, 0)[i] != 0;
+      }
+    }
     const int64_t places = around_ * steps_ * a_.channels;
     return places ? double(entries) / places : 0.0;
   }
@@ -82,8 +88,8 @@ class BitListing {
           if (centre < w.taps() && at[centre] >= 0) {
             input += found[at[centre] + parts_] - found[at[centre]];
           }
-          parts_ == 1 ? list_taps(found, at, tile.taps_a_tile, s.part.data(), lists)
-                      : list_parts(found, at, s.part.data(), lists);
+          parts_ == 1 ? list_taps(found, at, tile.taps_a_tile, s, lists)
+                      : list_parts(found, at, s, lists);
         }
       }
     }
@@ -97,9 +103,16 @@ class BitListing {
     return std::min((strip_.bottom - 1) * w.stride_y - w.pad_y + w.kernel_y, a_.height);
   }
 
-  const uint64_t* word(int64_t t, int64_t pixel) const {
+  // Where a pixel of those around the strip is.
+  int64_t place(int64_t t, int64_t pixel) const {
     const int64_t first = ((begin_ + t) * a_.B + strip_.image) * a_.height * a_.width;
-    return a_.bits + (first + above_ * a_.width + pixel) * stride_;
+    return first + above_ * a_.width + pixel;
+  }
+  const uint64_t* word(int64_t t, int64_t pixel) const {
+    return a_.bits + place(t, pixel) * stride_;
+  }
+  const uint8_t* count(int64_t t, int64_t pixel) const {
+    return a_.counts + place(t, pixel) * a_.channels;
   }
 
   // The spikes of each pixel, once; a pixel is a neighbour of many.
@@ -108,26 +121,32 @@ class BitListing {
     uint32_t* found = s.found.data();
     int64_t n = 0;
     for (int64_t t = 0; t < steps_; ++t) {
-      const uint64_t* bits = word(t, 0);
-      for (int64_t pixel = 0; pixel < around_; ++pixel, bits += stride_) {
+      for (int64_t pixel = 0; pixel < around_; ++pixel) {
         for (int64_t c = 0; c < a_.channels; c += tile.part) {
+          const int64_t channels = std::min(tile.part, a_.channels - c);
+          uint16_t* part = s.part.data() + n;
           *found++ = static_cast<uint32_t>(n);
-          n += k_.list_bits(bits + c / word_bits, words(std::min(tile.part, a_.channels - c)), c,
-                            s.part.data() + n);
+          n += a_.counts
+                   ? k_.list_bytes(count(t, pixel) + c, channels, c, part, s.part_value.data() + n)
+                   : k_.list_bits(word(t, pixel) + c / word_bits, words(channels), c, part);
         }
       }
     }
     *found = static_cast<uint32_t>(n);
   }
 
+  void append(const uint32_t* f, int64_t tap, const ChunkScratch& s, Lists& lists) const {
+    const uint16_t* part = s.part.data() + f[0];
+    const int64_t n = f[1] - f[0], shift = tap * a_.channels;
+    a_.counts ? lists.append(part, s.part_value.data() + f[0], n, shift)
+              : lists.append(part, n, shift);
+  }
+
   void list_taps(const uint32_t* found, const int64_t* at, int64_t taps_a_tile,
-                 const uint16_t* part, Lists& lists) const {
+                 const ChunkScratch& s, Lists& lists) const {
     int64_t left = taps_a_tile;
     for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
-      if (at[tap] >= 0) {
-        const uint32_t* f = found + at[tap];
-        lists.append(part + f[0], f[1] - f[0], tap * a_.channels);
-      }
+      if (at[tap] >= 0) append(found + at[tap], tap, s, lists);
       if (--left == 0) {
         lists.end_tile();
         left = taps_a_tile;
@@ -135,14 +154,11 @@ class BitListing {
     }
   }
 
-  void list_parts(const uint32_t* found, const int64_t* at, const uint16_t* part,
+  void list_parts(const uint32_t* found, const int64_t* at, const ChunkScratch& s,
                   Lists& lists) const {
     for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
       for (int64_t i = 0; i < parts_; ++i) {
-        if (at[tap] >= 0) {
-          const uint32_t* f = found + at[tap] + i;
-          lists.append(part + f[0], f[1] - f[0], tap * a_.channels);
-        }
+        if (at[tap] >= 0) append(found + at[tap] + i, tap, s, lists);
         lists.end_tile();
       }
     }
@@ -195,9 +211,9 @@ Lists list_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin,
     lists.sort();
     return lists;
   }
-  BitListing listing(a, k, strip, begin, end);
+  SpikeListing listing(a, k, strip, begin, end);
   const Tiling tile = tiling(listing.rate(), a.window, a.channels);
-  Lists lists(s, rows, taps * a.channels, tile.tiles(taps, a.channels), false);
+  Lists lists(s, rows, taps * a.channels, tile.tiles(taps, a.channels), a.counts != nullptr);
   s.counted.input += listing.list(tile, s, lists);
   lists.sort();
   return lists;
@@ -208,11 +224,12 @@ void reserve(const ConvLif& a, int64_t rows, int64_t steps, ChunkScratch& s) {
   const Window& w = a.window;
   const int64_t pixels = rows * w.width(a.width), taps = w.taps(), parts = words(a.channels);
   const int64_t around = std::min((rows - 1) * w.stride_y + w.kernel_y, a.height) * a.width;
-  Lists::reserve(s, pixels * steps, taps * a.channels, taps * parts, a.images != nullptr);
+  Lists::reserve(s, pixels * steps, taps * a.channels, taps * parts, a.images || a.counts);
   if (a.images) {
     s.patch.reserve(taps * a.channels);
   } else {
     s.part.reserve(around * steps * a.channels + 16);
+    if (a.counts) s.part_value.reserve(around * steps * a.channels + 16);
     s.found.reserve(around * steps * parts + 1);
   }
   s.first.reserve(pixels + 1);

@@ -28,9 +28,10 @@ struct ConvLif {
   bool pool;                // sums are pooled (max, 3x3, stride 2, padding 1) before the neurons
   const PackedLinear* map;  // inputs (ky, kx, channel)
   NeuronParams neuron;
-  uint64_t* out;          // rows of words(outputs)
-  float* state;           // [B, pixels, outputs], read and written; null: at rest
-  Window window = {};     // of at most `most_taps`
+  uint64_t* out;                    // rows of words(outputs)
+  float* state;                     // [B, pixels, outputs], read and written; null: at rest
+  Window window = {};               // of at most `most_taps`
+  const uint8_t* counts = nullptr;  // rows of channels instead of bits: how often each fired
   float* sums = nullptr;  // [T, B, outputs, pixels]: the sums themselves, neither pooled nor fired
 };
 

@@ -105,6 +105,7 @@ struct ChunkScratch {
   Buffer<float> table;
   Buffer<uint32_t> found;  // where lists begin that are put together (conv.cpp)
   Buffer<uint16_t> part;
+  Buffer<float> part_value;
   Buffer<float> patch;  // the inputs of one pixel
   Counted counted;
 };
@@ -135,6 +136,11 @@ class Lists {
       from += 16;
       count -= 16;
     } while (count > 0);
+  }
+  // The same with their values.
+  void append(const uint16_t* from, const float* value, int64_t count, int64_t shift) {
+    std::copy_n(value, count, value_ + n_);
+    append(from, count, shift);
   }
   // The row the next entries belong to; without it rows come in their order.
   void begin_row(int64_t row) { name_ = row; }

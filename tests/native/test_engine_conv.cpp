@@ -55,6 +55,7 @@ void check_conv(uint64_t seed) {
   Random random(seed);
   const int64_t T = random.between(0, 4), B = random.between(0, 3);
   const bool floats = random.chance(0.3), still = floats && random.chance(0.5);
+  const bool counted_input = !floats && random.chance(0.4);
   const bool pool = random.chance(0.4);
   int64_t height, width, channels, outputs;
   do {
@@ -77,7 +78,12 @@ void check_conv(uint64_t seed) {
     images[i] = random.chance(0.1) ? 0 : random.between(-16, 16) * 0x1p-3f;
   }
   Array<uint64_t> bits;
-  if (!floats) {
+  Array<uint8_t> counts(counted_input ? T * B * pixels * channels : 0);
+  const double rate = random_rate(random);
+  for (int64_t i = 0; i < counts.size(); ++i) {
+    counts[i] = random.chance(rate) ? random.pick({1, 1, 2, 3, 255}) : 0;
+  }
+  if (!floats && !counted_input) {
     bits = random_bits(random, T * B * pixels, channels, random_rate(random), words(channels));
   }
   const Map map(random, outputs, window.taps() * channels);
@@ -85,7 +91,9 @@ void check_conv(uint64_t seed) {
   const auto start = random_state(random, random.chance(0.5), B * h * w * outputs);
 
   const auto input = [&](int64_t t, int64_t b, int64_t c, int64_t y, int64_t x) -> float {
-    if (!floats) return bit_at(bits, words(channels), ((t * B + b) * height + y) * width + x, c);
+    const int64_t pixel = ((t * B + b) * height + y) * width + x;
+    if (counted_input) return counts[pixel * channels + c];
+    if (!floats) return bit_at(bits, words(channels), pixel, c);
     return images[(((t * B + b) * channels + c) * height + y) * width + x];
   };
   Counted counted;
@@ -125,7 +133,10 @@ void check_conv(uint64_t seed) {
   const std::string name =
       "T = " + std::to_string(T) + ", B = " + std::to_string(B) + ", " + std::to_string(height) +
       " x " + std::to_string(width) + ", " + std::to_string(channels) + " -> " +
-      std::to_string(outputs) + (floats ? still ? ", still" : ", floats" : ", bits") +
+      std::to_string(outputs) +
+      (floats          ? still ? ", still" : ", floats"
+       : counted_input ? ", counts"
+                       : ", bits") +
       (pool ? ", pooled" : "") + ", window " + std::to_string(window.kernel_y) + " x " +
       std::to_string(window.kernel_x) + " / " + std::to_string(window.stride_y) + " " +
       std::to_string(window.stride_x) + " + " + std::to_string(window.pad_y) + " " +
@@ -145,7 +156,8 @@ void check_conv(uint64_t seed) {
               p,
               nullptr,
               nullptr,
-              window};
+              window,
+              counted_input ? counts.data() : nullptr};
     Array<uint64_t> out(want.size());
     Array<float> state(copied(start));
     a.out = out.data();
@@ -154,7 +166,8 @@ void check_conv(uint64_t seed) {
     CHECK_SAME(out, want);
     CHECK_SAME(state, v);
     if (T * B == 0) return;
-    if (same) CHECK(got.input == counted.input);
+    // Of counts it is the number that are not 0.
+    if (same && !counted_input) CHECK(got.input == counted.input);
     CHECK(got.spikes[0] == counted.spikes[0]);
 
     // The sums themselves.
@@ -182,7 +195,8 @@ void check_conv(uint64_t seed) {
     for (int64_t t = 0; t < T; ++t) {
       a.out = split.data() + t * B * h * w * W;
       if (floats) a.images = images.data() + (still ? 0 : t * B * channels * pixels);
-      if (!floats) a.bits = bits.data() + t * B * pixels * words(channels);
+      if (counted_input) a.counts = counts.data() + t * B * pixels * channels;
+      if (!floats && !counted_input) a.bits = bits.data() + t * B * pixels * words(channels);
       run_conv_lif(a, k, threads);
     }
     CHECK_SAME(split, want);

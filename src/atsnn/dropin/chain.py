@@ -13,7 +13,7 @@ from ..functional.linear import MOST_INPUTS, MOST_TIMESTEPS, PackedLinear
 from ..nn.folding import Folded
 from ..ops.events import HALVING, MOST_TAPS, Window
 from .conditions import at_rest
-from .neurons import Settings, known_settings, membrane, run, settings_of
+from .neurons import Settings, known_settings, may_be_fused, membrane, run
 from .spikes import OPS, Spikes
 
 # Where more of the inputs are not zero, dense arithmetic is as fast: for convolutions, for inputs
@@ -91,7 +91,9 @@ class Chain:
         """Whether the chain can be computed as one, on such an input, as its modules are now."""
         if not at_rest(self.modules):
             return False
-        if self.neuron is not None and settings_of(self.neuron) is None:
+        if self.neuron is not None and not may_be_fused(self.neuron):
+            return False
+        if self.bn is not None and self.bn.running_mean is None:
             return False
         if not self._fits(x):
             return False
@@ -119,14 +121,15 @@ class Chain:
         if self._few_inputs(x):
             return self._convolve(x, packed)
         events = self._events(x)
-        if events is None or self.neuron is None:
-            y = None if events is None else self._sum(events, packed)
-            return self._dense(x) if y is None else y
+        if events is None:
+            return self._dense(x)
+        if self.neuron is None:
+            return self._sum(events, packed)
         if isinstance(self.layer, nn.Linear):
-            return self._fire(events, packed, events.shape[1:-1])
-        if pointwise(self.layer):
+            return self._fire(events, packed)
+        if pointwise(self.layer) and events.dtype == torch.int64:
             return self._fire_maps(events, packed)
-        return self._dense(x) if events.dtype == torch.float32 else self._convolve(events, packed)
+        return self._convolve(events, packed)
 
     def sums(self, x: Tensor | Spikes) -> Tensor | None:
         """The same without neurons; ``None`` where dense arithmetic is faster."""
@@ -145,9 +148,10 @@ class Chain:
         )
 
     def _events(self, x: Tensor | Spikes) -> Tensor | None:
-        """Inputs with the channels last: bits, or floats where they are not all 0 or 1.
+        """Inputs with the channels last: bits, or where they are not all 0 or 1 what they are.
 
-        ``None`` where too many are not 0.
+        That is the floats of a linear layer, and counts as bytes of maps. ``None`` where too many
+        are not 0, or maps hold anything but counts.
         """
         if isinstance(x, Spikes):
             return None if self._too_many(x.count, x.numel, True) else x.bits
@@ -158,9 +162,10 @@ class Chain:
         if self._too_many(nonzero, x.numel(), binary):
             self._rest = PATIENCE
             return None
-        if not binary:
-            return x.movedim(2, -1) if maps else x
-        return bits.unflatten(0, x.shape[:2]) if maps else bits
+        if not maps:
+            return bits if binary else x
+        events = bits if binary else OPS.count_maps(x.flatten(0, 1))
+        return events.unflatten(0, x.shape[:2]) if events.numel() else None
 
     def rests(self) -> bool:
         """Whether the input was too dense a few calls ago, so that it is not worth a look."""
@@ -178,27 +183,24 @@ class Chain:
 
     # -- kernels -----------------------------------------------------------------------------------
 
-    def _sum(self, events: Tensor, packed: PackedLinear) -> Tensor | None:
+    def _sum(self, events: Tensor, packed: PackedLinear) -> Tensor:
         if isinstance(self.layer, nn.Linear):
             return OPS.spike_linear(events, packed.weight, packed.bias, packed.outputs)
-        if events.dtype == torch.float32:
-            if not pointwise(self.layer):
-                return None
-            y = OPS.spike_linear(events, packed.weight, packed.bias, packed.outputs)
-            return y.movedim(-1, 2).contiguous()
-        maps = events.flatten(0, 1)
-        window: Window = POINT
-        if isinstance(self.layer, nn.Conv1d):
-            maps = maps.unsqueeze(1)
-        else:
-            window = window_of(self.layer)
-        y = OPS.spike_conv(maps, packed.weight, packed.bias, packed.outputs, window)
+        maps = self._planes(events).flatten(0, 1)
+        y = OPS.spike_conv(maps, packed.weight, packed.bias, packed.outputs, self._window())
         y = y.squeeze(2) if isinstance(self.layer, nn.Conv1d) else y
         return y.unflatten(0, events.shape[:2])
 
-    def _fire(self, rows: Tensor, packed: PackedLinear, lead: tuple[int, ...]) -> Tensor:
+    def _planes(self, maps: Tensor) -> Tensor:
+        """Maps ``[T, B, height, width, ...]``: tokens of a Conv1d are of height 1."""
+        return maps.unsqueeze(2) if isinstance(self.layer, nn.Conv1d) else maps
+
+    def _window(self) -> Window:
+        return POINT if isinstance(self.layer, nn.Conv1d) else window_of(self.layer)
+
+    def _fire(self, rows: Tensor, packed: PackedLinear) -> Tensor:
         """Spikes of rows of channels: of bits bits, of floats floats."""
-        v = membrane(self.neuron, (*lead, packed.outputs))
+        v = membrane(self.neuron, (*rows.shape[1:-1], packed.outputs))
         s, state = self._step(rows, packed, v)
         self._keep(state)
         return s if rows.dtype == torch.float32 else OPS.unpack_spikes(s, packed.outputs)
@@ -208,35 +210,38 @@ class Chain:
             rows, packed.weight, packed.bias, v, None, None, packed.outputs, *self._settings(), True
         )
 
-    def _fire_maps(self, rows: Tensor, packed: PackedLinear) -> Spikes:
+    def _fire_maps(self, bits: Tensor, packed: PackedLinear) -> Spikes:
         """The same for maps, whose neurons keep their membrane with channels first."""
-        v = membrane(self.neuron, (rows.shape[1], packed.outputs, *rows.shape[2:-1]))
-        s, state = self._step(rows, packed, None if v is None else v.movedim(1, -1))
+        v = membrane(self.neuron, (bits.shape[1], packed.outputs, *bits.shape[2:-1]))
+        s, state = self._step(bits, packed, None if v is None else v.movedim(1, -1))
         self._keep(state.movedim(-1, 1))
-        bits = s if s.dtype == torch.int64 else OPS.pack_counted(s)[0]
-        return Spikes(bits, packed.outputs, OPS.count_spikes(bits))
+        return Spikes(s, packed.outputs, OPS.count_spikes(s))
 
     def _convolve(self, maps: Any, packed: PackedLinear) -> Spikes:
-        """Of bits with the channels last, or of float maps."""
+        """Of bits or counts with the channels last, or of float maps of a Conv2d."""
+        floats = maps.dtype == torch.float32
         T, B = maps.shape[:2]
-        still = maps.dtype == torch.float32 and shown_again(maps)
+        still = floats and shown_again(maps)
         if still:
             maps = maps[:1]
-        v = membrane(self.neuron, self._map_shape(maps, B))
+        height, width = self._sizes((maps if floats else self._planes(maps)[..., 0]).shape[-2:])
+        flat = isinstance(self.layer, nn.Conv1d)
+        shape = (packed.outputs, width) if flat else (packed.outputs, height, width)
+        v = membrane(self.neuron, (B, *shape))
+        if v is not None:
+            v = v.reshape(B, packed.outputs, height, width).movedim(1, -1)
         bits, state, count = OPS.spike_conv_lif(
-            maps, packed.weight, packed.bias, None if v is None else v.movedim(1, -1),
-            packed.outputs, window_of(self.layer), self.pool is not None, T if still else 0,
-            *self._settings(),
+            maps if floats else self._planes(maps), packed.weight, packed.bias, v, packed.outputs,
+            self._window(), self.pool is not None, T if still else 0, *self._settings(),
         )  # fmt: skip
-        self._keep(state.movedim(-1, 1))
-        return Spikes(bits, packed.outputs, count)
+        self._keep(state.movedim(-1, 1).reshape(B, *shape))
+        return Spikes(bits.squeeze(2) if flat else bits, packed.outputs, count)
 
-    def _map_shape(self, maps: Tensor, B: int) -> tuple[int, ...]:
-        """The shape of one timestep of what the neurons get."""
-        sizes = list(maps.shape[-2:] if maps.dtype == torch.float32 else maps.shape[2:4])
-        for w in [window_of(self.layer), *[HALVING] * (self.pool is not None)]:
+    def _sizes(self, sizes: Any) -> list[int]:
+        """Height and width of what the neurons get."""
+        for w in [self._window(), *[HALVING] * (self.pool is not None)]:
             sizes = [(size + 2 * w[4 + i] - w[i]) // w[2 + i] + 1 for i, size in enumerate(sizes)]
-        return (B, self.layer.out_channels, *sizes)
+        return sizes
 
     def _dense(self, x: Tensor | Spikes) -> Tensor:
         analog = isinstance(x, Tensor)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..reference import SURROGATE_CLASSES
-from .chain import Chain, refusal
+from .chain import Chain
 from .conditions import at_rest, events_serve
-from .layers import Looks, Plans, kept
-from .neurons import is_number, known_settings, membrane, settings_of
+from .layers import Looks, Plans
+from .neurons import is_number, known_settings, may_be_fused, membrane
 from .sequence import (
     BATCH_NORMS,
     CONTAINERS,
@@ -29,6 +29,7 @@ from .sequence import (
     POOLS,
     Item,
     items,
+    kept_chains,
     open_sequential,
 )
 from .spikes import OPS, Spikes, dense
@@ -234,7 +235,7 @@ IDLE |= {layer.Dropout, layer.Dropout2d}
 
 
 def fires(node: Any) -> bool:
-    return isinstance(node, Computed) and node.step_mode == "m" and settings_of(node) is not None
+    return isinstance(node, Computed) and node.step_mode == "m" and may_be_fused(node)
 
 
 class EventSpikingSelfAttention(layer.SpikingSelfAttention):
@@ -248,12 +249,18 @@ class EventSpikingSelfAttention(layer.SpikingSelfAttention):
         return super().forward(x_seq) if y is None else y
 
     def _on_bits(self, x: Tensor) -> Tensor | None:
-        chains = kept(self, "_atsnn_chains", lambda: attention_chains(self))
-        if not chains or self.dim % 64 or not events_serve(x) or not fires(self.attn_lif):
+        if not events_serve(x) or x.dim() != 4 or self.dim % 64 or not fires(self.attn_lif):
+            return None
+        chains = kept_chains(
+            self,
+            (*pair(self.qkv_conv_bn), self.qkv_lif),
+            (*pair(self.proj_conv_bn), self.proj_lif),
+        )
+        if not chains:
             return None
         qkv, proj = chains
         inside = (self.qkv_conv_bn, self.proj_conv_bn, self.attn_lif)
-        if x.dim() != 4 or not (at_rest(inside) and qkv.ready(x) and proj.ready(x)):
+        if not (at_rest(inside) and qkv.ready(x) and proj.ready(x)):
             return None
         rows = qkv(x)
         if not isinstance(rows, Spikes):
@@ -271,17 +278,9 @@ class EventSpikingSelfAttention(layer.SpikingSelfAttention):
         return dense(proj(Spikes(bits, self.dim, count)))
 
 
-def attention_chains(module: Any) -> tuple[Chain, ...]:
-    """Those of queries, keys and values, and of the output."""
-    found = []
-    for part, node in (
-        (module.qkv_conv_bn, module.qkv_lif),
-        (module.proj_conv_bn, module.proj_lif),
-    ):
-        if len(part) != 2 or refusal(part[0]) or not fires(node):
-            return ()
-        found.append(Chain(part[0], part[1], None, node))
-    return tuple(found)
+def pair(container: Any) -> tuple[Any, Any]:
+    """The layer and the BatchNorm in a container of them."""
+    return tuple(container) if len(container) == 2 else (None, None)
 
 
 def packed_maps(x: Tensor) -> Spikes:
@@ -300,10 +299,18 @@ class EventSpikeDrivenSelfAttention(layer.SpikeDrivenSelfAttention):
         return super().forward(x) if y is None else y
 
     def _on_bits(self, x: Tensor) -> Tensor | None:
-        nodes = (self.shortcut_lif, self.q_lif, self.k_lif, self.v_lif, self.attn_lif)
-        if not events_serve(x) or x.dim() != 5 or not all(map(fires, nodes)):
+        if not events_serve(x) or x.dim() != 5 or not fires(self.attn_lif):
             return None
-        q, k, v, proj = kept(self, "_atsnn_chains", lambda: driven_chains(self))
+        chains = kept_chains(
+            self,
+            (self.q_conv, self.q_bn, self.q_lif),
+            (self.k_conv, self.k_bn, self.k_lif),
+            (self.v_conv, self.v_bn, self.v_lif),
+            (self.proj_conv, self.proj_bn, None),
+        )
+        if not chains:
+            return None
+        q, k, v, proj = chains
         if not at_rest((self.shortcut_lif, self.attn_lif)):
             return None
         if not all(chain.ready(x) for chain in (q, k, v, proj)):
@@ -321,16 +328,7 @@ class EventSpikeDrivenSelfAttention(layer.SpikeDrivenSelfAttention):
             *known_settings(self.attn_lif),
         )  # fmt: skip
         self.attn_lif.v = left.view(B, self.num_heads, 1, -1)
-        return proj(Spikes(bits.unflatten(2, (H, W)), C, count)) + x
-
-
-def driven_chains(module: Any) -> tuple[Chain, ...]:
-    found = [
-        Chain(getattr(module, f"{n}_conv"), getattr(module, f"{n}_bn"), None,
-              getattr(module, f"{n}_lif"))
-        for n in "qkv"
-    ]  # fmt: skip
-    return (*found, Chain(module.proj_conv, module.proj_bn))
+        return dense(proj(Spikes(bits.unflatten(2, (H, W)), C, count))) + x
 
 
 # -- Spike-driven Transformer ---------------------------------------------------------------------
@@ -343,22 +341,20 @@ class EventDrivenMLP(sdt._MLP):
     how = "inference: two kernels, bits between them"
 
     def forward(self, x: Tensor) -> Tensor:
-        chains = kept(self, "_atsnn_chains", lambda: driven_mlp_chains(self))
-        first, second = chains
-        if not (events_serve(x) and first.ready(x) and at_rest((self.lif1, self.lif2))):
+        chains: tuple[Chain, ...] = ()
+        if events_serve(x) and at_rest((self.lif1, self.lif2)):
+            between = None if self.residual else self.lif2
+            chains = kept_chains(self, (self.fc1, self.bn1, between), (self.fc2, self.bn2, None))
+        if not chains or not chains[0].ready(x):
             return super().forward(x)
+        first, second = chains
         middle = first(self.lif1(x))
         if self.residual:
             x = dense(middle) + x
             middle = self.lif2(x)
         if not second.ready(middle):
             return self.bn2(self.fc2(dense(middle))) + x
-        return second(middle) + x
-
-
-def driven_mlp_chains(module: Any) -> tuple[Chain, Chain]:
-    neuron_between = None if module.residual else module.lif2
-    return Chain(module.fc1, module.bn1, None, neuron_between), Chain(module.fc2, module.bn2)
+        return dense(second(middle)) + x
 
 
 class EventPatchEmbed(sdt._PatchEmbed):
@@ -368,16 +364,19 @@ class EventPatchEmbed(sdt._PatchEmbed):
     how = "inference: the position on bits"
 
     def forward(self, x: Tensor) -> Tensor:
-        position = kept(self, "_atsnn_chains", lambda: Chain(self.rpe_conv, self.rpe_bn))
-        if not events_serve(x) or not at_rest((self.final_lif, *position.modules)):
+        chains: tuple[Chain, ...] = ()
+        if events_serve(x):
+            chains = kept_chains(self, (self.rpe_conv, self.rpe_bn, None))
+        if not chains:
             return super().forward(x)
+        (position,) = chains
         for stage in self.stages:
             x = stage(x)
         x = self.final_stage(x)
         spikes = self.final_lif(x)
         if not position.ready(spikes):
             return self.rpe_bn(self.rpe_conv(spikes)) + x
-        return position(spikes) + x
+        return dense(position(spikes)) + x
 
 
 SWAPS: tuple[type, ...] = (

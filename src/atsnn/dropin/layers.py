@@ -51,7 +51,7 @@ class Looks:
 
     def seen(self, x: Any) -> Tensor | None:
         """The output for spikes; ``None``: ``x`` is something else."""
-        return looked_at(self, x)  # type: ignore[arg-type]
+        return looked_at(self, x)
 
     def forward(self, x: Any) -> Any:
         y = self.seen(x)

@@ -46,6 +46,14 @@ def settings_of(neuron: Any) -> Settings | None:
     )  # fmt: skip
 
 
+def may_be_fused(neuron: Any) -> bool:
+    """Whether nothing but spikes and the final membrane is wanted of a call of the neuron."""
+    v = neuron.v
+    wants_gradient = isinstance(v, Tensor) and v.requires_grad and torch.is_grad_enabled()
+    records = getattr(neuron, "store_v_seq", False)
+    return not (wants_gradient or records) and settings_of(neuron) is not None
+
+
 def known_settings(neuron: Any) -> Settings:
     """The settings of a neuron that is known to have a kernel."""
     settings = settings_of(neuron)

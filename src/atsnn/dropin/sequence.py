@@ -26,9 +26,10 @@ class Item:
 
     def multi(self, network: bool) -> bool:
         """Whether it is given all timesteps at once."""
-        if self.folded or type(self.module) is nn.Linear:
+        mode = getattr(self.module, "step_mode", None)
+        if self.folded or (mode is None and isinstance(self.module, nn.Linear)):
             return network
-        return getattr(self.module, "step_mode", "s") == "m"
+        return mode == "m"
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.folded:
@@ -167,6 +168,31 @@ def _normalises(module: Any, layer: Any, kind: type) -> bool:
 
 def _halves(module: Any) -> bool:
     return type(module) in POOLS and pool_window(module) == HALVING
+
+
+def fits(layer: Any, bn: Any, neuron: Any) -> bool:
+    """Whether modules are such as a chain is made of, in a network that runs all timesteps."""
+    kind = LAYERS.get(type(layer))
+    if kind is None or refusal(layer) is not None or not _normalises(bn, layer, kind):
+        return False
+    return neuron is None or (is_neuron(neuron) and neuron.step_mode == "m")
+
+
+def kept_chains(owner: nn.Module, *groups: tuple[Any, Any, Any]) -> tuple[Chain, ...]:
+    """The chains of ``(layer, bn, neuron)`` of a module, kept in it while these are the same.
+
+    None at all where one of them does not fit.
+    """
+    found = owner.__dict__.get("_atsnn_chains")
+    if found is None or any(
+        one is not other
+        for group, before in zip(groups, found[0], strict=True)
+        for one, other in zip(group, before, strict=True)
+    ):
+        chains = tuple(Chain(layer, bn, None, neuron) for layer, bn, neuron in groups)
+        found = groups, chains if all(fits(*group) for group in groups) else ()
+        owner.__dict__["_atsnn_chains"] = found
+    return found[1]
 
 
 class Plan:

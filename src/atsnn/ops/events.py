@@ -44,6 +44,14 @@ def _count_spikes(bits):
     return int(_unpack_spikes(bits, bits.shape[-1] * WORD).sum())
 
 
+@composite("count_maps")
+def _count_maps(x):
+    counts = x.to(torch.uint8)
+    if not bool((counts == x).all()):
+        return counts.new_empty(0)
+    return counts.movedim(1, -1).contiguous()
+
+
 def _plain(weight, bias, outputs):
     """Weight ``[outputs, inputs]`` and bias of a packed map."""
     return weight.transpose(1, 2).flatten(0, 1)[:outputs], bias.flatten()[:outputs]
@@ -66,9 +74,16 @@ def _channels(weight, window):
     return weight.shape[1] // (window[0] * window[1])
 
 
+def _floats(maps, channels):
+    """Maps ``[M, C, ...]`` of bits or of counts, whose channels come last."""
+    return (
+        _unpack_maps(maps, channels) if maps.dtype == torch.int64 else maps.movedim(-1, 1).float()
+    )
+
+
 @composite("spike_conv")
-def _spike_conv(bits, weight, bias, outputs, window):
-    x = _unpack_maps(bits, _channels(weight, window))
+def _spike_conv(maps, weight, bias, outputs, window):
+    x = _floats(maps, _channels(weight, window))
     return _conv(x, weight, bias, outputs, window)
 
 
@@ -78,8 +93,8 @@ def _spike_conv_lif(
     decay_input,
 ):  # fmt: skip
     x = maps.flatten(0, 1)
-    if maps.dtype == torch.int64:
-        x = _unpack_maps(x, _channels(weight, window))
+    if maps.dtype != torch.float32:
+        x = _floats(x, _channels(weight, window))
     y = _conv(x, weight, bias, outputs, window)
     if pool:
         y = nnf.max_pool2d(y, HALVING[:2], HALVING[2:4], HALVING[4:])

@@ -83,14 +83,16 @@ spike_linear_lif({LINEAR}) -> (Tensor, Tensor)
 """
 
 # Convolutions and linear maps of bits, for layers that were not made for it (atsnn.dropin): on the
-# CPU, in inference. Bits are channels-last maps, ``window`` is kernel, stride and padding, (y, x).
+# CPU, in inference. Maps of bits, and of counts as bytes, have their channels last; ``window`` is
+# kernel, stride and padding, (y, x).
 EVENTS = """
 pack_counted(Tensor x) -> (Tensor, int, bool)
 pack_maps(Tensor x) -> (Tensor, int, bool)
 unpack_maps(Tensor bits, int channels) -> Tensor
 count_spikes(Tensor bits) -> int
+count_maps(Tensor x) -> Tensor
 spike_linear(Tensor spikes, Tensor weight, Tensor bias, int outputs) -> Tensor
-spike_conv(Tensor bits, Tensor weight, Tensor bias, int outputs, int[] window) -> Tensor
+spike_conv(Tensor maps, Tensor weight, Tensor bias, int outputs, int[] window) -> Tensor
 spike_conv_lif(Tensor maps, Tensor weight, Tensor bias, Tensor? v, int outputs, int[] window, \
 bool pool, int still, str kind, float tau, float? inv_tau, float v_threshold, float? v_reset, \
 bool decay_input) -> (Tensor, Tensor, int)
