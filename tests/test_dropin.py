@@ -210,7 +210,8 @@ def test_what_is_not_known_is_left_alone_and_said():
     report = accelerate(model)
     assert [type(m) for m in model] == kinds
     said = {c.name: c.reason for c in report.left}
-    assert said.keys() == {"0", "1", "3", "4", "5"}
+    assert said.keys() == {"0", "1", "2", "3", "4", "5"}
+    assert "no kernel" in said["2"]
     assert "LeakyKReLU" in said["0"] and "subclass of LIFNode" in said["1"]
     assert "2 groups" in said["3"] and "circular" in said["4"] and "3 taps" in said["5"]
     assert "left alone" in str(report) and "LeakyKReLU" in str(report)
@@ -442,6 +443,7 @@ def test_plain_layers_look_for_spikes():
         assert not torch.equal(fast[0](spikes), model[0](spikes))  # added in another order
         torch.testing.assert_close(fast[0](spikes), model[0](spikes))
         torch.testing.assert_close(fast(spikes), model(spikes))
+        assert torch.equal(fast[0](input=spikes), model[0](spikes))
         assert torch.equal(fast[0](spikes + 0.5), model[0](spikes + 0.5))  # dense: its own
         for conv, maps in (
             (nn.Conv2d(32, 64, 3, stride=2, padding=1), (torch.rand(4, 32, 33, 33) < 0.2).float()),

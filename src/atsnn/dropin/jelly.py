@@ -379,6 +379,8 @@ class EventPatchEmbed(sdt._PatchEmbed):
         return dense(position(spikes)) + x
 
 
+# What a person expects to be computed, if only some of it is.
+EXPECTED = (neuron.BaseNode, neuron.SimpleBaseNode, layer.QKAttention)
 SWAPS: tuple[type, ...] = (
     EventLIFNode, EventIFNode, EventParametricLIFNode, EventJellyLinear, EventJellyConv1d,
     EventJellyConv2d, EventSeqToANNContainer, EventConv2dBNLIF, EventMLP,

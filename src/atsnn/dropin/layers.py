@@ -53,9 +53,9 @@ class Looks:
         """The output for spikes; ``None``: ``x`` is something else."""
         return looked_at(self, x)
 
-    def forward(self, x: Any) -> Any:
-        y = self.seen(x)
-        return super().forward(x) if y is None else y  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # whatever the argument is called
+        y = self.seen(args[0]) if len(args) == 1 and not kwargs else None
+        return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
 
 
 class EventLinear(Looks, nn.Linear):
@@ -89,9 +89,11 @@ class Plans:
 
     how = "inference: chains of layer, BatchNorm and neuron as one kernel"
 
-    def forward(self, x: Any) -> Any:
-        y = run_plan(self, x)  # type: ignore[arg-type]
-        return super().forward(x) if y is None else y  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = None
+        if len(args) == 1 and not kwargs:
+            y = run_plan(self, args[0])  # type: ignore[arg-type]
+        return super().forward(*args, **kwargs) if y is None else y  # type: ignore[misc]
 
 
 class EventSequential(Plans, nn.Sequential):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -124,11 +123,11 @@ def accelerate(model: nn.Module, *, inplace: bool = True) -> Report:
         )
     model = model if inplace else copy.deepcopy(model)
     report = Report(model)
-    known, missing = swaps()
+    known, expected, missing = swaps()
     if missing is not None:
         report.changes.append(Change("", "SpikingJelly", None, missing))
     for name, module in model.named_modules():
-        change = consider(name, module, known)
+        change = consider(name, module, known, expected)
         if change is not None:
             report.changes.append(change)
     return report
@@ -145,43 +144,46 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def swaps() -> tuple[dict[type, type], str | None]:
-    """The class that stands for each known one, and why SpikingJelly's are not among them."""
+def swaps() -> tuple[dict[type, type], tuple[type, ...], str | None]:
+    """The class that stands for each known one, kinds that are expected to be known, and why
+    SpikingJelly's are not among them."""
     found: list[type] = list(PLAIN)
+    expected: tuple[type, ...] = ()
     missing = None
     if "spikingjelly.activation_based.neuron" in sys.modules:
         try:
             from . import jelly
 
             found += jelly.SWAPS
+            expected = jelly.EXPECTED
         except (ImportError, AttributeError) as error:
             missing = f"its modules are known as of version 2.0.0, and here: {error}"
-    return {event.replaces: event for event in found}, missing  # type: ignore[attr-defined]
+    known = {event.replaces: event for event in found}  # type: ignore[attr-defined]
+    return known, expected, missing
 
 
-def consider(name: str, module: nn.Module, known: dict[type, type]) -> Change | None:
+def consider(
+    name: str, module: nn.Module, known: dict[type, type], expected: tuple[type, ...]
+) -> Change | None:
+    """Change the class of a module that is known; ``None`` if there is nothing to say of it."""
     kind = type(module)
     event = known.get(kind)
-    if event is None:
-        if kind in known.values():
-            return None  # by an earlier call
-        return next(subclass_of_known(name, module, known), None)
-    reason = objection(module, event)
-    if reason is None:
-        module.__class__ = event
-        return Change(name, kind.__name__, event.__name__, event.how)  # type: ignore[attr-defined]
-    return Change(name, kind.__name__, None, reason)
-
-
-def subclass_of_known(name: str, module: nn.Module, known: dict[type, type]) -> Iterator[Change]:
-    """Said of neurons and attentions: a layer's subclass is nobody's disappointment."""
+    if event is not None:
+        reason = objection(module, event)
+        if reason is None:
+            module.__class__ = event
+            return Change(name, kind.__name__, event.__name__, event.how)  # type: ignore[attr-defined]
+        return Change(name, kind.__name__, None, reason)
+    if kind in known.values():
+        return None  # by an earlier call
+    layers = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Sequential  # whose subclasses are many
     for parent in known:
-        if isinstance(module, parent) and not issubclass(parent, nn.Linear | nn.Conv1d | nn.Conv2d
-                                                         | nn.Sequential):  # fmt: skip
-            yield Change(
-                name, type(module).__name__, None,
-                f"a subclass of {parent.__name__}, which may compute something else",
-            )  # fmt: skip
+        if isinstance(module, parent) and not issubclass(parent, layers):
+            reason = f"a subclass of {parent.__name__}, which may compute something else"
+            return Change(name, kind.__name__, None, reason)
+    if isinstance(module, expected):
+        return Change(name, kind.__name__, None, "there is no kernel for it")
+    return None
 
 
 def objection(module: nn.Module, event: type) -> str | None:
