@@ -353,6 +353,36 @@ def test_what_is_recorded_or_replaced_is_as_before(name, where):
             torch.testing.assert_close(fast(x), model(x))
 
 
+def test_modules_that_come_again_are_called_again():
+    shared = neuron.LIFNode(step_mode="m", surrogate_function=surrogate.ATan())
+    pool = layer.MaxPool2d(2, 2, step_mode="m")
+    cases = [
+        (nn.Sequential(nn.Linear(8, 8), shared, nn.Linear(8, 8), shared), torch.rand(T, 2, 8) * 6),
+        (nn.Sequential(layer.Conv2d(1, 4, 3, step_mode="m"), shared, pool, pool),
+         torch.rand(T, 2, 1, 12, 12) * 6),
+        (nn.Sequential(layer.SeqToANNContainer(*[nn.Conv2d(2, 2, 3, padding=1)] * 2), shared),
+         torch.rand(T, 2, 2, 6, 6) * 6),
+    ]  # fmt: skip
+    for model, x in cases:
+        fast = accelerate(model, inplace=False).model
+        for mode in (True, False):
+            model.train(mode), fast.train(mode)
+            with torch.no_grad():
+                want, got = model(x), fast(x)
+            assert want.shape == got.shape
+            torch.testing.assert_close(got, want)
+            functional.reset_net(model), functional.reset_net(fast)
+
+
+def test_a_parametrization_outlives_restore():
+    from torch.nn.utils.parametrizations import weight_norm
+
+    net = weight_norm(accelerate(nn.Linear(8, 8)).model)
+    x = torch.rand(3, 8)
+    want = net(x)
+    assert torch.equal(restore(net)(x), want)
+
+
 def test_wrong_input_is_the_models_own_error():
     model, fast, x = lively_pair("csnn")
     accelerate(fast)

@@ -28,6 +28,7 @@ from .sequence import (
     LAYERS,
     POOLS,
     Item,
+    children,
     items,
     kept_chains,
     open_sequential,
@@ -35,6 +36,9 @@ from .sequence import (
 from .spikes import OPS, Spikes, dense
 
 SURROGATES = {getattr(surrogate, theirs): ours for ours, theirs in SURROGATE_CLASSES.items()}
+
+# One timestep of fewer neurons costs the original less than a call that keeps a graph does.
+LEAST_STEP = 1 << 15
 
 # -- neurons --------------------------------------------------------------------------------------
 
@@ -81,7 +85,8 @@ class Computed:
 
     def single_step_functional_forward(self, inputs: Any, states: Any, **kwargs: Any) -> Any:
         x, v = inputs[0], states[0]
-        settings = self._now(inputs, v)
+        small = torch.is_grad_enabled() and isinstance(x, Tensor) and x.numel() < LEAST_STEP
+        settings = None if small else self._now(inputs, v)
         if settings is None:
             return super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc]
         spikes, v = F.neuron(x.unsqueeze(0), v, **settings)
@@ -185,7 +190,7 @@ class EventSeqToANNContainer(Plans, layer.SeqToANNContainer):
 
 
 def open_folding(module: nn.Module, folded: bool) -> Any:
-    for child in module.children():
+    for child in children(module):
         yield from items(child, True)
 
 

@@ -6,6 +6,7 @@ its parameters, its place, its hooks and whatever refers to it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,11 +30,13 @@ def kept(module: nn.Module, name: str, make: Any) -> Any:
 
 def looked_at(layer: Any, x: Any) -> Tensor | None:
     """The output of a layer for spikes ``x [M, C, ...]`` or ``[..., C]``; ``None``: not spikes."""
-    weight = layer.weight
-    inputs = weight[0].numel()
-    if not isinstance(x, Tensor) or inputs <= FEW_INPUTS:
+    if layer.training or not isinstance(x, Tensor):
         return None
-    if x.numel() * (weight.numel() // weight.shape[1]) < LEAST_WORK or not events_serve(x):
+    shape = layer.weight.shape
+    taps = math.prod(shape[2:])
+    if shape[1] * taps <= FEW_INPUTS or x.numel() * shape[0] * taps < LEAST_WORK:
+        return None
+    if not events_serve(x):
         return None
     chain = kept(layer, "_atsnn_look", lambda: Chain(layer))
     one = not isinstance(layer, nn.Linear) or x.dim() == 1
@@ -78,7 +81,7 @@ class EventConv2d(Looks, nn.Conv2d):
 
 def run_plan(module: nn.Module, x: Tensor) -> Tensor | None:
     """A container's output with its chains as one kernel each; ``None`` if it has none now."""
-    if not events_serve(x):
+    if module.training or not events_serve(x):
         return None
     sequence = kept(module, "_atsnn_plan", Plan).of(module)
     return None if sequence is None else sequence(x)

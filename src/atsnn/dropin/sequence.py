@@ -57,8 +57,13 @@ def items(module: nn.Module, folded: bool = False) -> Iterator[Item]:
         yield from opened(module, folded)
 
 
+def children(module: nn.Module) -> list[nn.Module]:
+    """As a container calls them: ``module.children()`` leaves out one that comes again."""
+    return [child for child in module._modules.values() if child is not None]
+
+
 def open_sequential(module: nn.Module, folded: bool) -> Iterator[Item]:
-    for child in module.children():
+    for child in children(module):
         yield from items(child, folded)
 
 
@@ -204,7 +209,7 @@ class Plan:
 
     def of(self, module: nn.Module) -> Sequence | None:
         """The sequence, if there is a chain in it to run as one."""
-        members = [item for child in module.children() for item in items(child)]
+        members = [item for child in children(module) for item in items(child)]
         if folds(module):
             members = [Item(item.module, True) for item in members]
         found = [(item.module, getattr(item.module, "step_mode", None)) for item in members]

@@ -136,7 +136,8 @@ def accelerate(model: nn.Module, *, inplace: bool = True) -> Report:
 def restore(model: nn.Module) -> nn.Module:
     """Give every module of an accelerated model its own class back."""
     for module in model.modules():
-        original = getattr(type(module), "replaces", None)
+        # Of the class itself: one made of it since, as a parametrization is, stays.
+        original = vars(type(module)).get("replaces")
         if original is not None:
             module.__class__ = original
             for name in [n for n in module.__dict__ if n.startswith("_atsnn_")]:

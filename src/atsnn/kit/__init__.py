@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..checks import InvalidValue, check_choice
+from ..checks import InvalidType, InvalidValue, check_choice
 from ..conformance import Finding, device_here
 from . import neuron, tokens
 from .case import Case, table
@@ -49,6 +49,10 @@ def cases(
     check_choice("check", "op", op, OPS)
     found = [*neuron.cases(op), *tokens.cases(op), *table(op)]
     patterns = [only] if isinstance(only, str) else only
+    if patterns is not None and not (
+        isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns)
+    ):
+        raise InvalidType(f"check: only must be a name, a pattern or a list of them, got {only!r}")
     for pattern in patterns or ():
         if not any(_matches(case, pattern) for case in found):
             raise InvalidValue(
