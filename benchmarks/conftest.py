@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import bars
 import pytest
 import torch
 
@@ -15,6 +19,11 @@ def pytest_addoption(parser):
         "--device", choices=("cpu", "cuda"), default="cpu",
         help="cuda: time the Triton kernels (under TRITON_INTERPRET=1 run them on small shapes)",
     )  # fmt: skip
+    parser.addoption(
+        "--rounds", type=int, default=15,
+        help="interleaved rounds of each timing (default: 15; fewer than 10 is no measurement)",
+    )  # fmt: skip
+    parser.addoption("--bars", type=Path, metavar="FILE", help="write the rows of all bars to FILE")
 
 
 def pytest_configure(config):
@@ -42,6 +51,25 @@ def report(request):
         TABLES.setdefault((request.path.stem, tuple(row)), []).append(row)
 
     return add
+
+
+BARS: list[dict[str, object]] = []
+
+
+@pytest.fixture
+def bar():
+    """Hold a measurement against a bar of ``bars.BARS``; returns "yes" or "NO"."""
+
+    def hold(name: str, case: str, measured: float) -> str:
+        BARS.append(bars.row(name, case, measured))
+        return "yes" if BARS[-1]["met"] else "NO"
+
+    return hold
+
+
+@pytest.fixture(scope="session")
+def rounds(pytestconfig):
+    return pytestconfig.getoption("--rounds")
 
 
 class Limits:
@@ -72,6 +100,32 @@ def limits():
     return Limits()
 
 
+@pytest.fixture
+def keep(benchmark, limits):
+    """Keep the timings of a case in the JSON, with its bytes and FLOPs beside the limits.
+
+    Returns the columns of a table that say so. ``moved`` are the bytes that must be read and
+    written, ``flops`` those of the dense arithmetic the work stands for; ``times`` holds those of
+    ``limits.functions`` too.
+    """
+
+    def columns(times, name="ours", *, moved=0.0, flops=0.0, prefix=""):
+        ours = times[name]
+        found = {}
+        if moved:
+            found["bytes/clone"] = limits.bytes_share(moved, ours, times)
+        if flops:
+            found["FLOPs/matmul"] = limits.flops_share(flops, ours, times)
+        benchmark.extra_info.update({f"{prefix}{k}": t.to_dict() for k, t in times.items()})
+        benchmark.extra_info.update(
+            {f"{prefix}bytes": moved, f"{prefix}flops": flops, f"{prefix}share of limits": found}
+        )
+        spread = max(t.spread for t in times.values())
+        return {k: f"{v:.2f}" for k, v in found.items()} | {"spread": f"{100 * spread:.0f} %"}
+
+    return columns
+
+
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
 def threads(request):
     with measure.threads(request.param) as number:
@@ -79,7 +133,20 @@ def threads(request):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["atsnn"] = measure.machine()
+    machine_info["atsnn"] = measure.machine() | {"peers": peers()}
+
+
+def peers():
+    """Versions of the packages measured against."""
+    return {name: measure.version(name) for name in ("spikingjelly", "snntorch", "norse")}
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--bars")
+    if path is not None and BARS:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"machine": measure.machine() | {"peers": peers()}, "bars": BARS}
+        path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -90,7 +157,8 @@ def pytest_terminal_summary(terminalreporter):
     where = f"{m['processor']}, {m['cores']} cores, {m['instruction_set']}"
     if terminalreporter.config.getoption("--device") == "cuda":
         where = m["gpu"] or "no GPU: run by Triton's interpreter, which says nothing about time"
-    terminalreporter.write_line(f"{where}, torch {m['torch']}")
+    others = ", ".join(f"{name} {version}" for name, version in peers().items())
+    terminalreporter.write_line(f"{where}, torch {m['torch']}, {others}")
     for (name, columns), rows in TABLES.items():
         cells = [list(columns)] + [[str(row[c]) for c in columns] for row in rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

@@ -123,3 +123,32 @@ def load(name: str, image_size: int, root: str | Path | None = None) -> dict[str
         )
         splits[split] = Split(resized.clamp(0, 1), labels)
     return splits
+
+
+def patterns(count: int, channels: int, image_size: int, seed: int = 0) -> Tensor:
+    """Images of nothing, for measuring speed: smooth patterns under noise.
+
+    Pixels resemble their neighbours, as those of a photograph do, so that spikes come in patches.
+
+    Parameters
+    ----------
+    count, channels, image_size : int
+        Images, their channels, their height and width.
+    seed : int
+
+    Returns
+    -------
+    Tensor
+        ``[count, channels, image_size, image_size]`` float32 in 0..1; the first images do not
+        depend on how many there are.
+    """
+    for name, value in (("count", count), ("channels", channels), ("image_size", image_size)):
+        check_integer("patterns", name, value, at_least=1)
+    found = torch.empty(count, channels, image_size, image_size)
+    for number in range(count):
+        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        coarse = torch.rand((1, channels, 8, 8), generator=generator)
+        smooth = nnf.interpolate(coarse, image_size, mode="bilinear")[0]
+        noise = torch.rand((channels, image_size, image_size), generator=generator)
+        found[number] = 0.7 * smooth + 0.3 * noise
+    return found

@@ -17,7 +17,7 @@ import torch
 from .checks import check_integer
 from .ops import native_level
 
-__all__ = ["Timing", "interleaved", "machine", "realized_fraction", "threads"]
+__all__ = ["Timing", "interleaved", "machine", "realized_fraction", "threads", "version"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -149,6 +150,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "atsnn": metadata.version("atsnn"),
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -1,0 +1,126 @@
+"""What the suite is held to: each bar once, and what limits the work where it is missed.
+
+A benchmark hands the ``bar`` fixture a name of :data:`BARS`, what the case is and what was
+measured. ``make bars`` runs the suite and writes ``docs/results/performance.md`` and ``.json``.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+SIGNS = {">=": operator.ge, "<=": operator.le}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One number to reach.
+
+    Attributes
+    ----------
+    work : str
+        What is measured, and in terms of what.
+    sign : {">=", "<="}
+    value : float
+    percent : bool
+        Whether it is a share, written in per cent.
+    limits : str
+        What limits it where it is missed.
+    """
+
+    work: str
+    sign: str
+    value: float
+    percent: bool = False
+    limits: str = ""
+
+    def met(self, measured: float) -> bool:
+        return bool(SIGNS[self.sign](measured, self.value))
+
+    def written(self, measured: float) -> str:
+        return f"{100 * measured:.2f} %" if self.percent else f"{measured:.2f}"
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.sign} {100 * self.value:g} %" if self.percent else f"{self.sign} {self.value:g}"
+        )
+
+
+BARS = {
+    "lif_of_clone": Bar("LIF forward: its time over that of a copy of the input", "<=", 1.15),
+    "lif_compiled": Bar("LIF forward: times as fast as SpikingJelly compiled", ">=", 1.2),
+    "lif_training": Bar(
+        "LIF forward + backward: times as fast as SpikingJelly compiled", ">=", 2.0,
+        limits="arithmetic: the backward evaluates an exponential and a division an element, 29 "
+        "operations and a division a vector, while the peer's is bound by its own memory traffic",
+    ),
+    "lif_saved": Bar("LIF: bytes kept for the backward over those of the input", "<=", 1.0),
+    "linear_dense": Bar(
+        "spike linear + BatchNorm + LIF at 20, 30, 40 %: times as fast as PyTorch's product alone",
+        ">=", 2.0,
+    ),
+    "linear_ten": Bar(
+        "spike linear + BatchNorm + LIF at 5, 10 %: times as fast as PyTorch's product alone",
+        ">=", 5.0,
+    ),
+    "linear_one": Bar(
+        "spike linear + BatchNorm + LIF at 1 %: times as fast as PyTorch's product alone",
+        ">=", 12.0,
+    ),
+    "attention_dense": Bar(
+        "spiking attention: times as fast as PyTorch's two products, the faster order", ">=", 5.0,
+        limits="memory: it reads and writes float32 at 0.4 to 1.1 of the rate of a copy, at which "
+        "5x cannot be reached; the engine, whose tensors are bits, does not pay it",
+    ),
+    "attention_active": Bar(
+        "spiking attention: share of time saved over share of tokens left out", ">=", 0.95,
+        limits="below 32 tokens the products run in the other order, which has no tables yet",
+    ),
+    "network_five": Bar(
+        "Spikformer-4-384, spikes 5 %, block inputs 15 %: times as fast as SpikingJelly compiled",
+        ">=", 8.0,
+    ),
+    "network_five_eager": Bar(
+        "Spikformer-4-384, spikes 5 %, block inputs 15 %: times as fast as SpikingJelly eager",
+        ">=", 15.0,
+    ),
+    "network_ten": Bar(
+        "Spikformer-4-384, spikes 10 %, block inputs 28 %: times as fast as SpikingJelly compiled",
+        ">=", 4.5,
+    ),
+    "halting_realized": Bar(
+        "halting: realized fraction of the blocks, synthetic patterns at equal firing rates",
+        ">=", 0.95,
+    ),
+    "halting_off": Bar("halting on, nothing halts: time of the blocks over halting off", "<=", 1.02),
+    "halting_own": Bar(
+        "halting and merging: their own cost as a share of block time", "<=", 0.02, percent=True
+    ),
+    "training_realized": Bar(
+        "training step, packed, 40 % of cells saved: realized fraction", ">=", 0.9
+    ),
+    "training_memory": Bar(
+        "training step, packed, 40 % of cells saved: share of the blocks' activations saved over "
+        "share of cells saved",
+        ">=", 0.95,
+    ),
+    "growth_attention": Bar(
+        "spiking attention in tokens, 64 to 1024: fitted exponent of its time", "<=", 1.1
+    ),
+    "growth_cells": Bar(
+        "blocks in active cells: fitted exponent of their time", "<=", 1.1
+    ),
+    "growth_memory": Bar("blocks in rows: fitted exponent of peak memory", "<=", 1.1),
+    "gpu_spills": Bar("Triton kernels compiled for the GPU that spill registers", "<=", 0),
+    "gpu_narrow": Bar("Triton kernels whose widest access is below 128 bits", "<=", 0),
+}  # fmt: skip
+
+
+def row(name: str, case: str, measured: float) -> dict[str, object]:
+    """A line of ``performance.json``."""
+    bar = BARS[name]
+    return {
+        "row": f"{bar.work}; {case}", "measured": measured, "bar": bar.text,
+        "met": bar.met(measured), "name": name,
+    }  # fmt: skip
