@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import AtsnnError, InvalidValue, check_choice, check_integer, require
 
-__all__ = ["DATASETS", "DataError", "Split", "load"]
+__all__ = ["DATASETS", "DataError", "Split", "load", "patterns"]
 
 
 class DataError(AtsnnError, ValueError):
