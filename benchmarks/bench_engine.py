@@ -36,65 +36,6 @@ L, T, N = 4, 4, 64
 ROUNDS = 15
 LEVEL = os.environ.get("ATEN_CPU_CAPABILITY", "the machine's best")
 
-# -- the primitive --------------------------------------------------------------------------------
-
-SHAPES = [(384, 384), (384, 1536), (1536, 384)]
-PRIMITIVE_BARS = {0.01: 12.0, 0.05: 5.0, 0.10: 5.0, 0.20: 2.0, 0.30: 2.0, 0.40: 2.0}
-
-
-LIMIT_ADDS = T * N * 512 * 64
-
-
-def in_first_cache():
-    """The kernel where little but additions is done: 512 for each row and output, in tiles whose
-    weights stay in the first cache."""
-    packed = F.pack_linear(torch.zeros(64, 1536))
-    x = torch.zeros(T, N, 1536)
-    x[..., ::3] = 1
-    bits = F.pack_spikes(x)
-    return lambda: F.spike_linear_lif(bits, packed)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=["x".join(map(str, s)) for s in SHAPES])
-def test_primitive(benchmark, report, threads, shape):
-    """256 rows, bits in and out, BatchNorm folded and neurons run, against the product alone."""
-    inputs, outputs = shape
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-8, 9, (outputs, inputs), generator=generator) / 64.0
-    bias = torch.randint(-8, 9, (outputs,), generator=generator) / 64.0
-    packed = F.pack_linear(weight, bias)
-    functions, adds = {"limit": in_first_cache()}, {}
-    for rate in PRIMITIVE_BARS:
-        x = (torch.rand((T, N, inputs), generator=generator) < rate).float()
-        bits = F.pack_spikes(x)
-        want, _ = F.neuron(torch.nn.functional.linear(x, weight, bias))
-        assert torch.equal(F.unpack_spikes(F.spike_linear_lif(bits, packed), outputs), want)
-        functions[f"ours {rate}"] = lambda bits=bits: F.spike_linear_lif(bits, packed)
-        functions[f"dense {rate}"] = lambda x=x: torch.nn.functional.linear(x, weight, bias)
-        functions[f"floats {rate}"] = lambda x=x: F.spike_linear_lif(x, packed)
-        adds[f"ours {rate}"] = float(x.sum()) * outputs
-    with torch.no_grad():
-        times = interleaved(functions, rounds=ROUNDS)
-        benchmark.pedantic(functions["ours 0.1"], rounds=5, warmup_rounds=1)
-    limit = LIMIT_ADDS / times["limit"].median
-    for rate, bar in PRIMITIVE_BARS.items():
-        ours, dense = times[f"ours {rate}"], times[f"dense {rate}"]
-        speed = adds[f"ours {rate}"] / ours.median
-        report(
-            {
-                "work": f"{inputs} -> {outputs}", "rate": f"{rate:.0%}", "threads": threads,
-                "ours us": f"{1e6 * ours.median:.0f}", "dense us": f"{1e6 * dense.median:.0f}",
-                "faster": f"{dense.median / ours.median:.1f}x",
-                "from floats": f"{dense.median / times[f'floats {rate}'].median:.1f}x",
-                "G add/s": f"{speed / 1e9:.1f}", "of limit": f"{speed / limit:.2f}",
-                "spread": f"{100 * max(ours.spread, dense.spread):.0f} %",
-                "bar": f">= {bar:.0f}x",
-                "met": "yes" if dense.median / ours.median >= bar else "NO",
-            }
-        )  # fmt: skip
-    benchmark.extra_info.update({k: t.to_dict() for k, t in times.items()})
-
-
 # -- the network ----------------------------------------------------------------------------------
 
 RATES = {"5 % / 15 %": (0.05, 0.15), "10 % / 28 %": (0.10, 0.28)}

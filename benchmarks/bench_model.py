@@ -1,122 +1,103 @@
-"""What packed execution saves on Spikformer-4-384: the blocks in inference, the training step.
+"""Spikformer-4-384 with nothing halted: the engine and the packed modules against dense peers.
 
     make bench-model
 
-The baseline is the same network with nothing halting, dense. Halting follows synthetic patterns
-with the method's nesting that execute 80, 60 and 40 % of the cells; the scores are computed all
-the same. Realized fraction = share of time saved / share of FLOPs saved.
+The peers are SpikingJelly's own Spikformer for CIFAR-10 (pooling before the neurons, no bias),
+eager and compiled, and PyTorch dense, the same with every BatchNorm folded into the layer before
+it, the faster one of eager and compiled. "FLOPs/matmul" counts the dense products that the work
+stands for, so it is more than 1 where zeros are left out.
 """
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
+from workloads import RATES, Peers, case, firing_model
 
 import atsnn
-from atsnn.measure import interleaved, realized_fraction
-from atsnn.schedule import scheduled, synthetic_depths, synthetic_scores
+from atsnn.compare import compare_engine
+from atsnn.measure import interleaved
 
-L, T, N, C = 4, 4, 64, 384
-SHARES = (0.8, 0.6, 0.4)
-ROUNDS = 11
+# Against SpikingJelly, of the engine.
+BAR_OF = {
+    "5 % / 15 %": {"SJ compiled": "network_five", "SJ": "network_five_eager"},
+    "10 % / 28 %": {"SJ compiled": "network_ten"},
+}
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = atsnn.create_model("spikformer_4_384", num_classes=10, halting="rectangle").eval()
-    # So that layers fire, some 5 to 30 %: an untrained network is silent after its first layers.
+def peers():
+    return Peers()
+
+
+@pytest.mark.parametrize("B", [1, 16], ids=["batch-1", "batch-16"])
+def test_network(benchmark, report, bar, keep, limits, rounds, threads, peers, B):
+    functions, found = {}, {}
     with torch.no_grad():
-        for block in model.block:
-            for bn in (m for m in block.modules() if isinstance(m, torch.nn.BatchNorm1d)):
-                bn.running_var.fill_(0.05)
-                bn.bias.fill_(0.25)
-    return model
-
-
-def tokens(B):
-    generator = torch.Generator().manual_seed(B)
-    return (torch.rand((T, B, N, C), generator=generator) < 0.15).float()
-
-
-def block_flops(cells):
-    """FLOPs of the linear layers of the blocks, by far the most, for ``[L, T, B, N]`` cells."""
-    return 2 * int(cells.sum()) * (4 * C * C + 2 * C * 4 * C)
-
-
-def patterns(B):
-    for share in SHARES:
-        depths = synthetic_depths(L, T, B, N, share)
-        yield f"{1 - share:.0%}", depths
-    yield "none", torch.full((T, B, N), L)
-
-
-def compare(report, limits, threads, work, B, times, cells):
-    dense = times["dense"].median
-    passes = 3 if "training" in work else 1  # the backward multiplies twice
-    everything = block_flops(cells["none"])
-    for name, active in cells.items():
-        flops = block_flops(active)
-        saved = 1 - flops / everything
-        t = times[name]
-        fraction = realized_fraction(dense, t.median, everything, flops)
+        peers.check(B)
+        for name in RATES:
+            model, x = firing_model(B, name, pool="before_lif", bias=False, halting="rectangle")
+            plain = model.without_halting()
+            peers.carry(plain)  # their time does not depend on the rates
+            engine = atsnn.freeze(plain)
+            modules = model(x, return_trace=True)
+            assert modules.active.all() and torch.equal(modules.logits, plain(x))
+            # An untrained network is chaotic: one spike that flips at its threshold flips others.
+            found[name] = engine(x, return_trace=True), compare_engine(plain, x)
+            functions |= {
+                f"{name} engine": lambda x=x, engine=engine: engine(x),
+                f"{name} traced": lambda x=x, engine=engine: engine(x, return_trace=True),
+                f"{name} modules": lambda x=x, model=model: model(x),
+            }
+        theirs = {k: lambda f=f: f(x) for k, f in peers.functions.items()}
+        times = interleaved(functions | theirs | limits.functions, rounds=rounds)
+        benchmark.pedantic(functions[f"{name} engine"], rounds=3)
+    dense = min(("folded", "folded compiled"), key=lambda k: times[k].median)
+    for name, (trace, difference) in found.items():
+        for ours in ("engine", "modules"):
+            own = times[f"{name} {ours}"]
+            faster = {k: times[k].median / own.median for k in theirs}
+            kept = keep(
+                {ours: own} | {k: times[k] for k in (*theirs, *limits.functions)}, ours,
+                flops=trace.cost.flops.total, prefix=f"{name} {ours} ",
+            )  # fmt: skip
+            bars = BAR_OF[name] if ours == "engine" else {}
+            met = [bar(which, case(B, threads), faster[k]) for k, which in bars.items()]
+            report(
+                {
+                    "rates": name, "batch": B, "threads": threads, "ours": ours,
+                    "ms": f"{1e3 * own.median:.1f}",
+                    "SJ compiled": f"{faster['SJ compiled']:.1f}x",
+                    "SJ eager": f"{faster['SJ']:.1f}x",
+                    "PyTorch dense": f"{faster[dense]:.1f}x", "which is": dense, **kept,
+                    "met": " / ".join(met),
+                }
+            )  # fmt: skip
+        engine, traced = (times[f"{name} {k}"].median for k in ("engine", "traced"))
+        sops = trace.cost.sops.total
         report(
             {
-                "work": work, "B": B, "threads": threads, "cells saved": f"{saved:.1%}",
-                "dense ms": f"{1e3 * dense:.1f}", "packed ms": f"{1e3 * t.median:.1f}",
-                "of dense": f"{t.median / dense:.3f}",
-                "realized": "-" if fraction is None else f"{fraction:.2f}",
-                "FLOPs/matmul": f"{limits.flops_share(flops * passes, t, times):.2f}",
-                "spread": f"{100 * max(t.spread, times['dense'].spread):.0f} %",
+                "rates": name, "batch": B, "threads": threads, "fired": fired(trace),
+                "G FLOPs": f"{trace.cost.flops.total / 1e9:.2f}", "G SOPs": f"{sops / 1e9:.3f}",
+                "engine G add/s": f"{sops / engine / 1e9:.1f}",
+                "tracing": f"{100 * (traced / engine - 1):.1f} %",
+                "flipped": f"{difference.flipped} of {difference.spikes}",
             }
         )  # fmt: skip
+        benchmark.extra_info |= {f"{name} rates": trace.firing_rates, f"{name} SOPs": sops}
 
 
-@pytest.mark.parametrize("B", [1, 16])
-def test_blocks(benchmark, report, threads, limits, model, B):
-    x = tokens(B)
-    plain = model.without_halting()
-    functions, cells = {"dense": lambda: plain.forward_tokens(x)}, {}
-    with torch.no_grad():
-        for name, depths in patterns(B):
-            halted = scheduled(model, synthetic_scores(depths, L))
-            packed = halted.forward_tokens(x, return_trace=True)
-            halted.execution = "masked"
-            masked = halted.forward_tokens(x, return_trace=True)
-            assert torch.equal(packed.depth, depths) and torch.equal(masked.depth, depths)
-            torch.testing.assert_close(packed.logits, masked.logits, rtol=1e-3, atol=1e-3)
-            halted.execution = "packed"
-            cells[name] = packed.active
-            functions[name] = lambda halted=halted: halted.forward_tokens(x)
-        times = interleaved({**functions, **limits.functions}, rounds=ROUNDS)
-        benchmark.pedantic(functions["40%"], rounds=3, warmup_rounds=1)
-    benchmark.extra_info.update({k: t.to_dict() for k, t in times.items()})
-    compare(report, limits, threads, "blocks, inference", B, times, cells)
+def fired(trace):
+    """What really fired: inputs of the stem's convolutions, of blocks, and everything else."""
 
+    def mean(names):
+        return 100 * statistics.mean(trace.firing_rates[n] for n in names)
 
-def test_training_step(benchmark, report, threads, limits, model):
-    """Forward and backward of the blocks, readout and head."""
-    B = 16
-    x = tokens(B).requires_grad_()
-    labels = torch.arange(B) % 10
-    model.train()
-
-    def step(network):
-        trace = network.forward_tokens(x, return_trace=True)
-        loss = torch.nn.functional.cross_entropy(trace.logits, labels) + 0.1 * trace.ponder_loss
-        network.zero_grad(set_to_none=True)
-        loss.backward()
-        return trace
-
-    plain = model.without_halting()
-    functions, cells = {"dense": lambda: step(plain)}, {}
-    for name, depths in patterns(B):
-        halted = scheduled(model, synthetic_scores(depths, L))
-        cells[name] = step(halted).active
-        assert torch.equal(cells[name].sum(0), depths)
-        functions[name] = lambda halted=halted: step(halted)
-    times = interleaved({**functions, **limits.functions}, rounds=ROUNDS)
-    benchmark.pedantic(functions["40%"], rounds=3, warmup_rounds=1)
-    benchmark.extra_info.update({k: t.to_dict() for k, t in times.items()})
-    compare(report, limits, threads, "blocks, training step", B, times, cells)
-    model.eval()
+    stem = [n for n in trace.firing_rates if n.startswith("patch") and n.endswith("input")][1:]
+    blocks = [n for n in trace.firing_rates if n.startswith("block") and n.endswith("input")]
+    rest = [n for n in trace.firing_rates
+            if n.startswith("block") and n.endswith(("q_lif", "k_lif", "v_lif", "attn_lif",
+                                                     "fc1_lif"))]  # fmt: skip
+    return f"{mean(stem):.1f}/{mean(blocks):.1f}/{mean(rest):.1f} %"

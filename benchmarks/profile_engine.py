@@ -13,7 +13,8 @@ import statistics
 import time
 
 import torch
-from bench_engine import LIMIT_ADDS, RATES, images, in_first_cache
+from bench_engine import RATES, images
+from bench_linear import LIMIT_ADDS, in_first_cache
 
 import atsnn
 from atsnn.firing import set_firing_rates

@@ -199,7 +199,9 @@ py::dict run(Engine& engine, const Array<float>& images, bool still, int64_t T,
   found["block_spikes"] = report.block_spikes;
   found["rows"] = report.rows;
   found["ponder"] = report.ponder;
-  found["seconds"] = report.seconds;
+  found["stem_seconds"] = report.stem_seconds;
+  found["head_seconds"] = report.head_seconds;
+  found["block_seconds"] = report.block_seconds;
   return found;
 }
 

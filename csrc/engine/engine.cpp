@@ -105,10 +105,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Adds the time of its life to a part.
+// Adds the time of its life to a sum.
 class Timer {
  public:
-  Timer(Report& report, Part part) : at_(report.seconds[size_t(part)]), begin_(Clock::now()) {}
+  explicit Timer(double& seconds) : at_(seconds), begin_(Clock::now()) {}
   ~Timer() { at_ += std::chrono::duration<double>(Clock::now() - begin_).count(); }
 
  private:
@@ -165,6 +165,7 @@ class Pass {
   const int64_t* cell_ = nullptr;  // the computed row of each active row; null: the same
 
   int threads() const { return options_.threads; }
+  double& seconds(int64_t l, Piece piece) { return report_.block_seconds[l][size_t(piece)]; }
   void poll() const {
     if (options_.stop && options_.stop()) throw Stopped();
   }
@@ -172,7 +173,7 @@ class Pass {
   // ---- stem -------------------------------------------------------------------------------------
 
   void stem() {
-    const Timer timer(report_, Part::stem);
+    const Timer timer(report_.stem_seconds);
     int64_t side = c_.image_size, channels = c_.in_channels;
     const int64_t shown = images_.still ? 1 : T_;
     const uint64_t* in = nullptr;
@@ -352,7 +353,7 @@ class Pass {
     const int64_t first = state == state_ ? b0_ : 0;  // of the group in the state's batch
     const auto at = [&](Buffer<float>& v, int64_t of_image) { return v.data() + first * of_image; };
     {
-      const Timer timer(report_, Part::attention);
+      const Timer timer(seconds(l, Piece::attention));
       uint64_t* qkv = ws_.qkv.reserve(rows * Wq);
       uint64_t* attended = ws_.attended.reserve(rows * W_);
       uint64_t* y = ws_.branch.reserve(rows * W_);
@@ -394,7 +395,7 @@ class Pass {
     }
     poll();
     {
-      const Timer timer(report_, Part::mlp);
+      const Timer timer(seconds(l, Piece::mlp));
       uint64_t* hidden = ws_.hidden.reserve(rows * Wh);
       uint64_t* y = ws_.branch.data();
       Counted found =
@@ -485,7 +486,7 @@ class Pass {
   }
 
   void write_logits(const double* total, double cells) {
-    const Timer timer(report_, Part::head);
+    const Timer timer(report_.head_seconds);
     double* features = ws_.read.reserve(C_);
     for (int64_t b = 0; b < B_; ++b) {
       for (int64_t i = 0; i < C_; ++i) features[i] = static_cast<float>(total[b * C_ + i] / cells);
@@ -520,33 +521,40 @@ class Pass {
 
   // Halting and readout; afterwards ws_.steps says what goes on.
   void finish_block(int64_t l, double* features) {
-    const Timer timer(report_, Part::halting);
     const bool final = l + 1 == c_.depth, halts = c_.halting != Accumulator::none;
     const Layout& layout = ws_.active.view;
     const int64_t rows = layout.rows();
     float* h = ws_.h.reserve_zeros(rows);
     float* w = ws_.w.reserve(rows);
     uint8_t* last = ws_.last.reserve(rows);
-    const Rows x = halts || final ? active_rows(ws_.active) : Rows{};
-    if (halts) score(x, rows, h);
-    if (options_.scores) take_given_scores(l, layout, h);
-    HaltForward step{h,
-                     ws_.H.data(),
-                     layout,
-                     c_.halting == Accumulator::rectangle,
-                     static_cast<float>(1.0 - c_.eps),
-                     final,
-                     w,
-                     last,
-                     ws_.H_next.reserve(rows),
-                     ws_.steps.data()};
-    if (state_ && halts) {
-      step.earlier_score = state_->block[l].score.data() + b0_ * N_;
-      step.earlier_stop = state_->block[l].stop.data() + b0_ * N_;
+    Rows x{};
+    {
+      const Timer timer(seconds(l, Piece::scores));
+      if (halts || final) x = active_rows(ws_.active);
+      if (halts) score(x, rows, h);
+      if (options_.scores) take_given_scores(l, layout, h);
     }
-    halt_step(step, ws_.halt_scratch.data());
-    std::swap(ws_.H, ws_.H_next);
+    {
+      const Timer timer(seconds(l, Piece::accumulators));
+      HaltForward step{h,
+                       ws_.H.data(),
+                       layout,
+                       c_.halting == Accumulator::rectangle,
+                       static_cast<float>(1.0 - c_.eps),
+                       final,
+                       w,
+                       last,
+                       ws_.H_next.reserve(rows),
+                       ws_.steps.data()};
+      if (state_ && halts) {
+        step.earlier_score = state_->block[l].score.data() + b0_ * N_;
+        step.earlier_stop = state_->block[l].stop.data() + b0_ * N_;
+      }
+      halt_step(step, ws_.halt_scratch.data());
+      std::swap(ws_.H, ws_.H_next);
+    }
     if (halts || final) {
+      const Timer timer(seconds(l, Piece::readout));
       float* used = w;
       if (!c_.mean_field) {
         used = ws_.used.reserve(rows);
@@ -554,6 +562,7 @@ class Pass {
       }
       read(x, used, layout, features);
     }
+    // Not timed: who asks for no trace does not pay for it.
     if (out_.trace()) trace_block(l, layout, h, w, last);
   }
 
@@ -601,13 +610,16 @@ class Pass {
   void advance(int64_t l, bool ran) {
     const bool merges = c_.merging && ran && (c_.merge_threshold || c_.merge_r[l] > 0);
     if (merges) {
-      const Timer timer(report_, Part::merging);
-      match(l);
+      {
+        const Timer timer(seconds(l, Piece::matching));
+        match(l);
+      }
+      const Timer timer(seconds(l, Piece::merging));
       merge();
       std::swap(ws_.active, ws_.next);
       return;
     }
-    const Timer timer(report_, Part::halting);
+    const Timer timer(seconds(l, Piece::moves));
     lay_out(ws_.next, T_, ws_.steps.data());
     const int64_t rows = ws_.next.view.rows();
     if (rows != ws_.active.view.rows()) {
@@ -744,30 +756,25 @@ class Pass {
     gather_step(t, all);
     for (int64_t l = 0; l < c_.depth; ++l) {
       if (layout_.rows() && ws_.active.view.rows()) run_block(l, ws_.active, state);
-      const Timer timer(report_, Part::halting);
       const Layout& layout = ws_.active.view;
       const int64_t rows = layout.rows();
       float* h = ws_.h.reserve(rows);
       float* w = ws_.w.reserve(rows);
       uint8_t* last = ws_.last.reserve(rows);
       const Rows x = active_rows(ws_.active);
-      score(x, rows, h);
+      {
+        const Timer timer(seconds(l, Piece::scores));
+        score(x, rows, h);
+      }
       const bool final = l + 1 == c_.depth;
-      std::fill_n(steps, tokens, 0);
-      for (int64_t b = 0; b < B_; ++b) {
-        for (int64_t r = 0; r < layout.count(0, b); ++r) {
-          const int64_t row = layout.start(0, b) + r, token = b * N_ + layout.token_at(b, r);
-          total[token] += h[row];
-          steps[token] = !final && threshold > total[token];
-          last[row] = !steps[token];
-          w[row] = last[row] ? 1.0f - before[token] : h[row];
-          before[token] += h[row];
-          const double used = c_.mean_field ? w[row] : last[row];
-          double* sum = features + token * C_;
-          for (int64_t c = 0; used != 0 && c < C_; ++c) sum[c] += used * x.bytes[row * C_ + c];
-        }
+      {
+        // The readout goes along with the accumulators here.
+        const Timer timer(seconds(l, Piece::accumulators));
+        std::fill_n(steps, tokens, 0);
+        accumulate(x, h, w, last, total, before, features, threshold, final);
       }
       if (out_.trace()) trace_block(l, layout, h, w, last, t);
+      const Timer timer(seconds(l, Piece::moves));
       lay_out(ws_.next, 1, steps);
       if (!masked_ && ws_.next.view.rows() != rows) {
         int64_t* index = ws_.index.reserve(ws_.next.view.rows());
@@ -776,6 +783,26 @@ class Pass {
       }
       std::swap(ws_.active, ws_.next);
       compute(ws_.active);
+    }
+  }
+
+  // One timestep's scores after a block: which tokens go on, and what the readout takes of them.
+  void accumulate(Rows x, const float* h, float* w, uint8_t* last, float* total, float* before,
+                  double* features, float threshold, bool final) {
+    const Layout& layout = ws_.active.view;
+    int64_t* steps = ws_.steps.data();
+    for (int64_t b = 0; b < B_; ++b) {
+      for (int64_t r = 0; r < layout.count(0, b); ++r) {
+        const int64_t row = layout.start(0, b) + r, token = b * N_ + layout.token_at(b, r);
+        total[token] += h[row];
+        steps[token] = !final && threshold > total[token];
+        last[row] = !steps[token];
+        w[row] = last[row] ? 1.0f - before[token] : h[row];
+        before[token] += h[row];
+        const double used = c_.mean_field ? w[row] : last[row];
+        double* sum = features + token * C_;
+        for (int64_t c = 0; used != 0 && c < C_; ++c) sum[c] += used * x.bytes[row * C_ + c];
+      }
     }
   }
 
@@ -816,7 +843,8 @@ void Engine::run(const Images& images, const Outputs& out, const Options& option
   report.block_spikes.assign(c.depth * layer::block_layers, 0);
   report.rows.assign(c.depth, 0);
   report.ponder = 0;
-  report.seconds.fill(0);
+  report.stem_seconds = report.head_seconds = 0;
+  report.block_seconds.assign(c.depth, PieceSeconds{});
   std::unique_ptr<Workspace> ws;
   {
     const std::lock_guard<std::mutex> guard(lock_);

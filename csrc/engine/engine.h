@@ -100,14 +100,27 @@ enum Stem {
 enum Block { attn_in, q, k, v, attn, proj, mlp_in, fc1, fc2, block_layers };
 }  // namespace layer
 
-enum class Part { stem, attention, mlp, halting, merging, head, parts };
+// What a block's time goes to; from the scores on it is the price of halting and merging.
+enum class Piece {
+  attention,
+  mlp,
+  scores,
+  accumulators,
+  readout,
+  moves,
+  matching,
+  merging,
+  pieces
+};
+using PieceSeconds = std::array<double, static_cast<size_t>(Piece::pieces)>;
 
 // What a call counted.
 struct Report {
   std::vector<double> stem_spikes, block_spikes;  // [stem_layers], [L, block_layers]
   std::vector<int64_t> rows;                      // [L], cells executed
   double ponder = 0;                              // the sum of D + w[D], by size
-  std::array<double, static_cast<size_t>(Part::parts)> seconds{};
+  double stem_seconds = 0, head_seconds = 0;
+  std::vector<PieceSeconds> block_seconds;  // [L]
 };
 
 // Spikes of one layer, for those who want to look at them: rows of `layout`, `stride` words apart.

@@ -65,17 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     _json_option(check)
 
     bench = command(
-        "bench", _bench, "measure what halting saves on a trained model and real images"
-    )
-    _model_options(bench)
-    bench.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes to time")
-    bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the timing")
-    bench.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
-    bench.add_argument("--limit", type=int, help="use the first LIMIT test images only")
-    bench.add_argument(
-        "--execution", choices=("packed", "masked"), default="packed",
-        help="run active cells only, or all and zero the halted ones",
+        "bench", _bench,
+        "measure what halting saves, what it costs (--overheads) and how cost grows (--growth)",
     )  # fmt: skip
+    _bench_options(bench)
     _json_option(bench)
 
     evaluate = command("eval", _eval, "print accuracy and executed cells on the test images")
@@ -94,6 +87,63 @@ def _parser() -> argparse.ArgumentParser:
     _train_options(train)
     _json_option(train)
     return parser
+
+
+def _bench_options(bench: argparse.ArgumentParser) -> None:
+    _model_options(bench)
+    bench.add_argument(
+        "--config", metavar="NAME|FILE",
+        help="measure an untrained network that is made to fire: a named model, such as "
+        "spikformer_4_384, or a JSON file",
+    )  # fmt: skip
+    bench.add_argument(
+        "--set", nargs="+", metavar="NAME=VALUE",
+        help="change values of --config, such as T=8 image_size=64 merge_r=8",
+    )  # fmt: skip
+    bench.add_argument(
+        "--rates", type=float, nargs=2, metavar=("SPIKES", "INPUTS"),
+        help="firing rates of --config: of spikes, and of what goes into blocks "
+        "(default: 0.05 0.15)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--halted", type=float, nargs="+", metavar="SHARE",
+        help="shares of cells that halt by synthetic patterns (default: what a checkpoint halts "
+        "itself; of --config 0.2 0.4 0.6)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--batch", type=int, nargs="+", metavar="SIZE",
+        help="batch sizes to time (default: 1 32; --overheads 1 4 16; --growth 1)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--backends", nargs="+", default=["engine", "native"], metavar="NAME",
+        help="who computes, side by side: engine, native, reference",
+    )  # fmt: skip
+    bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the timing")
+    bench.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
+    bench.add_argument("--limit", type=int, help="use the first LIMIT test images only")
+    bench.add_argument(
+        "--execution", choices=("packed", "masked"), default="packed",
+        help="of the modules: run active cells only, or all and zero the halted ones",
+    )  # fmt: skip
+    kind = bench.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--growth", nargs="*", metavar="AXIS",
+        help="how cost grows with: tokens, timesteps, batch, channels, depth, active (default: "
+        "all of them); with --config",
+    )  # fmt: skip
+    kind.add_argument(
+        "--overheads", action="store_true",
+        help="what scores, accumulators, moves, matching and merging cost, and from where on "
+        "halting pays",
+    )  # fmt: skip
+    bench.add_argument(
+        "--tokens", type=int, nargs="+", metavar="N",
+        help="numbers of tokens, squares, of --growth and --overheads",
+    )  # fmt: skip
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw it, .png or .svg")
+    bench.add_argument(
+        "--html", type=Path, metavar="FILE", help="write tables and plots as one page"
+    )
 
 
 def _model_options(sub: argparse.ArgumentParser) -> None:
@@ -305,41 +355,22 @@ def _function(path: str) -> Any:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from . import bench, measure, report
-    from .checkpoint import from_pretrained
+    from . import bench, measure
+    from .bench.command import run
 
     console = _console()
-    model, split = _load(args)
-    model.execution = args.execution
-    controls = {}
-    if args.checkpoint == "digits" and args.data == "digits":
-        controls = {
-            "trained without halting": from_pretrained("digits-dense"),
-            "constant score (control)": from_pretrained("digits-constant"),
-        }
-    with measure.threads(args.threads), console.status("starting") as status:
+    with measure.threads(args.threads):
         try:
-            result = bench.bench(
-                model, split, controls=controls, batches=args.batch, rounds=args.rounds,
-                log=status.update,
-            )  # fmt: skip
+            result = run(args, console)
         except bench.GateFailed as error:
             print(f"atsnn: {error}", file=sys.stderr)
             return FAILED
-    result["checkpoint"], result["data"] = args.checkpoint, args.data
-    console.print(f"[bold]atsnn bench[/bold]  checkpoint {args.checkpoint}, data {args.data}")
-    report.print_all(console, report.bench_tables(result))
-    if controls:
-        console.print(
-            "On these digits one block nearly suffices and a constant schedule does as well as a "
-            "learned one: nothing is claimed about adaptivity here."
-        )
     _write_json(args.json, result)
     return GOOD
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from . import report
+    from .bench.tables import accuracy_sheet
     from .train import evaluate
 
     console = _console()
@@ -349,7 +380,7 @@ def _eval(args: argparse.Namespace) -> int:
     found = evaluate(model, split).to_dict()
     found["score"] = model.config.score if model.config.halting else None
     found["halting"] = model.config.halting
-    console.print(report.evaluation_table({args.checkpoint: found}))
+    console.print(accuracy_sheet({args.checkpoint: found}).rich())
     _write_json(args.json, found | {"checkpoint": args.checkpoint, "data": args.data})
     return GOOD
 
@@ -407,6 +438,7 @@ def _train(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 (good), 1 (a check failed) or 2 (wrong use)."""
     args = _parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return args.run(args)
     except AtsnnError as error:

@@ -2,15 +2,16 @@
 
 FLOPs are ``2 * M * K * N`` per linear layer on the rows of active cells, attention in the cheaper
 order for the tokens that are active, the stem's convolutions included. SOPs (synaptic operations)
-are half the FLOPs times the firing rate of what goes in. Energy is 4.6 pJ per multiply-accumulate
-where the input is not spikes and 0.9 pJ per SOP elsewhere (45 nm; Horowitz, ISSCC 2014). Neurons
-and normalisation are elementwise and, as is customary, not counted.
+are half the FLOPs times the firing rate of what goes in; where spikes meet spikes, of those that
+are fewer. Energy is 4.6 pJ per multiply-accumulate where the input is not spikes and 0.9 pJ per
+SOP elsewhere (45 nm; Horowitz, ISSCC 2014). Neurons, normalisation and the mean over the tokens
+are elementwise and, as is customary, not counted; what halting and merging add is, all of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,22 @@ __all__ = ["Cost", "Parts", "cost", "cost_of_trace"]
 
 PJ_PER_MAC, PJ_PER_SOP = 4.6, 0.9
 FLOAT_BYTES = 4
+
+# Of both products of spiking attention, by their order, the operands that are spikes: the other
+# one of the second product is the first product.
+ATTENTION_DRIVERS = {"q_kv": ("kv", "q"), "qk_v": ("qk", "v")}
+
+
+def attention_macs(tokens: Iterable[int], num_heads: int, head_dim: int) -> dict[str, int]:
+    """Multiply-accumulates of one of both products of spiking attention, by their order.
+
+    ``tokens`` are those of each timestep and image, which take the cheaper order each.
+    """
+    found = dict.fromkeys(ATTENTION_DRIVERS, 0)
+    for n in tokens:
+        order = attention_order(n, head_dim)
+        found[order] += num_heads * n * head_dim * (head_dim if order == "q_kv" else n)
+    return found
 
 
 @dataclass
@@ -136,9 +153,6 @@ def cost_of_trace(config: SpikformerConfig, trace: Trace, still: bool = True) ->
         # Score (for "first": product, sum, sigmoid), accumulator and weight; weighted readout.
         per_score = {"first": 4, "mean": C + 4, "linear": 7 * C + 4, "constant": 3}[config.score]
         found._layer("halting", ran * ((per_score + 4) / 2 + C), None, ran * C, 0)
-    else:
-        rows = float(found.cells[-1].sum())  # the mean over the tokens of the last block
-        found._layer("head", rows * C / 2, None, rows * C, 0)
     classes = config.num_classes
     found._layer("head", B * C * classes, None, B * (C + classes), C * classes)
     return found
@@ -176,15 +190,14 @@ def _block(found: Cost, config: SpikformerConfig, trace: Trace, block: int) -> N
     rate_in = rates[f"{prefix}.attn.input"]
     for rate in (rate_in, rate_in, rate_in, rates[f"{prefix}.attn.attn_lif"]):  # q, k, v, proj
         found._layer("attention", R * C * C, rate, R * 2 * C, C * C)
-    q, k = rates[f"{prefix}.attn.q_lif"], rates[f"{prefix}.attn.k_lif"]
+    fired = {name: rates[f"{prefix}.attn.{name}_lif"] for name in "qkv"}
+    found.bytes.add("attention", FLOAT_BYTES * R * 4 * C)
     if config.attention == "ssa":
-        inner = 0.0  # multiply-accumulates of one of the two products, over all runs and heads
-        for n in tokens.tolist():
-            inner += h * (n * d * d if attention_order(n, d) == "q_kv" else n * n * d)
-        found._layer("attention", inner, k, R * 3 * C, 0)
-        found._layer("attention", inner, q, R * C, 0)
+        for order, products in attention_macs(tokens.tolist(), h, d).items():
+            for drivers in ATTENTION_DRIVERS[order]:
+                found._layer("attention", products, min(fired[x] for x in drivers), 0, 0)
     else:
-        found._layer("attention", R * C, k, R * 4 * C, 0)
+        found._layer("attention", R * C, min(fired[x] for x in "kv"), 0, 0)
     found._layer("mlp", R * C * hidden, rates[f"{prefix}.mlp.input"], R * (C + hidden), C * hidden)
     found._layer(
         "mlp", R * C * hidden, rates[f"{prefix}.mlp.fc1_lif"], R * (C + hidden), C * hidden

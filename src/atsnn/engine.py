@@ -45,7 +45,8 @@ MOST_BLOCKS = 126
 STEM = ("proj", "proj1", "proj2", "proj3", "rpe")
 BLOCK = ("attn.input", "attn.q_lif", "attn.k_lif", "attn.v_lif", "attn.attn_lif", "attn.proj_lif",
          "mlp.input", "mlp.fc1_lif", "mlp.fc2_lif")  # fmt: skip
-PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
+# What the time of a block is told by, the price of halting and merging from the third on.
+PIECES = ("attention", "mlp", "scores", "accumulators", "readout", "moves", "matching", "merging")
 
 
 def levels() -> list[str]:
@@ -60,7 +61,11 @@ class EngineTrace(Trace):
     Attributes
     ----------
     seconds : Parts
-        Time spent in each part, for the whole batch.
+        Time spent in each part, for the whole batch. Writing the trace is not in it.
+    block_seconds : list of dict of str to float
+        The same for each block, with halting and merging taken apart: ``attention``, ``mlp``,
+        ``scores``, ``accumulators``, ``readout``, ``moves`` (of rows to the next block),
+        ``matching`` and ``merging``.
     rows : list of int
         Rows each block ran, over the whole batch.
     config : SpikformerConfig
@@ -69,6 +74,7 @@ class EngineTrace(Trace):
     """
 
     seconds: Parts
+    block_seconds: list[dict[str, float]]
     rows: list[int]
     config: SpikformerConfig
     still: bool
@@ -216,6 +222,12 @@ class Engine:
             return arrays["logits"]
         return self._trace(arrays, report, T, B, N, still)
 
+    def trace(self, x: Tensor, **options: Any) -> EngineTrace:
+        """What a call with these options does: ``engine(x, return_trace=True, ...)``."""
+        trace = self(x, return_trace=True, **options)
+        assert isinstance(trace, EngineTrace)
+        return trace
+
     def _images(self, x: Tensor) -> Tensor:
         op = "Engine"
         check_images(op, self.config, x)
@@ -289,9 +301,11 @@ class Engine:
             arrays["scores"], arrays["weights"], arrays["sizes"], arrays["block_sizes"],
             arrays["source"], self._rates(report, T, B, still),
         )  # fmt: skip
+        blocks = [dict(zip(PIECES, seconds, strict=True)) for seconds in report["block_seconds"]]
         return EngineTrace(
             **vars(trace),
-            seconds=Parts(**dict(zip(PARTS, report["seconds"], strict=True))),
+            seconds=_parts(report["stem_seconds"], blocks, report["head_seconds"]),
+            block_seconds=blocks,
             rows=list(report["rows"]),
             config=c,
             still=still,
@@ -326,6 +340,16 @@ class Engine:
                     width = hidden if layer == "mlp.fc1_lif" else dim
                     found[f"block.{block}.{layer}"] = spikes / (rows * width)
         return found
+
+
+def _parts(stem: float, blocks: list[dict[str, float]], head: float) -> Parts:
+    found = Parts(stem=stem, head=head)
+    for block in blocks:
+        for piece, seconds in block.items():
+            merges = piece in ("matching", "merging")
+            part = piece if piece in ("attention", "mlp") else "merging" if merges else "halting"
+            found.add(part, seconds)
+    return found
 
 
 def _native(what: str) -> Any:

@@ -14,49 +14,13 @@ from .conformance import CASES, LEGEND, Finding
 from .data import Split
 from .kit.report import Report, reasons, rows
 from .nn.model import ATSpikformer
+from .sheets import Sheet
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-__all__ = ["bench_tables", "depth_map", "evaluation_table"]
-
-NOISY = 0.3  # spread of a timing, over its median, that the reader is warned of
-PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
-SCOPES = ("blocks", "model", "engine")  # what is timed: see bench
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-                  pad_edge=False)  # fmt: skip
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _quantity(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.2f} {unit}"
-    return f"{value:.0f}"
-
-
-def evaluation_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """Accuracy and executed cells, a model a row."""
-    table = _table("Accuracy", "model", "score", "accuracy", "images", "cells executed")
-    for name, row in rows.items():
-        table.add_row(
-            name, row.get("score") or "-", _percent(row["accuracy"], 2), str(row["images"]),
-            _percent(row["cells"]),
-        )  # fmt: skip
-    return table
+__all__ = ["check_tables", "depth_map", "kernel_tables"]
 
 
 def check_tables(findings: list[Finding]) -> list[RenderableType]:
@@ -65,7 +29,7 @@ def check_tables(findings: list[Finding]) -> list[RenderableType]:
 
     marks = {"pass": "ok", "fail": "[bold red]FAIL[/]", "unsupported": "-"}
     cases = list(dict.fromkeys(f.case for f in findings))
-    table = _table("Same bits as the reference; gradients to 1e-5", "operation", *cases)
+    table = Sheet("Same bits as the reference; gradients to 1e-5", ["operation", *cases]).rich()
     # So that it fits 80 columns.
     table.box, table.padding = None, (0, 1, 0, 0)
     table.columns[0].no_wrap = True
@@ -116,104 +80,6 @@ def _hanging(mark: str, text: str) -> Table:
     table.add_column()
     table.add_row(mark, text)
     return table
-
-
-def _cells_table(cost: dict[str, Any], images: int) -> Table:
-    cells = torch.tensor(cost["cells"], dtype=torch.float64)
-    share = cells / torch.tensor(cost["dense"]["cells"], dtype=torch.float64)
-    steps = share.shape[1]
-    table = _table(
-        f"Share of cells executed, over {images} images",
-        "block",
-        *(f"t = {t + 1}" for t in range(steps)),
-        "all t",
-    )
-    for number, row in enumerate(share, 1):
-        table.add_row(str(number), *map(_percent, row.tolist()), _percent(float(row.mean())))
-    table.add_section()
-    by_time = share.mean(0).tolist()
-    table.add_row("all", *map(_percent, by_time), _percent(float(share.mean())))
-    return table
-
-
-def _saved(now: float, dense: float) -> str:
-    return "-" if dense == 0 else _percent(1 - now / dense)
-
-
-def _cost_table(cost: dict[str, Any], images: int) -> Table:
-    dense = cost["dense"]
-    table = _table(
-        f"Cost an image, counted over {images} images", "part", "FLOPs off", "on", "saved",
-        "SOPs off", "on", "saved",
-    )  # fmt: skip
-    for part in (*PARTS, "total"):
-        if part == "total":
-            table.add_section()
-        values = []
-        for quantity in ("flops", "sops"):
-            off, on = dense[quantity][part] / images, cost[quantity][part] / images
-            values += [_quantity(off), _quantity(on), _saved(on, off)]
-        table.add_row(part, *values)
-    return table
-
-
-def _latency_table(rows: list[dict[str, Any]]) -> Table:
-    table = _table(
-        "Latency", "batch", "scope", "off", "on", "latency saved", "FLOPs saved", "realized"
-    )
-    for row in rows:
-        for scope in (scope for scope in SCOPES if scope in row):
-            one = row[scope]
-            fraction = one["realized_fraction"]
-            times = [f"{1e3 * one[k]['median_s']:.2f} ms" for k in ("off", "on")]
-            table.add_row(
-                str(row["batch"]), scope, *times, _percent(one["latency_saved"]),
-                _percent(one["flops_saved"]), "-" if fraction is None else f"{fraction:.2f}",
-            )  # fmt: skip
-    return table
-
-
-def bench_tables(result: dict[str, Any]) -> list[RenderableType]:
-    """Everything ``atsnn bench`` prints."""
-    m = result["machine"]
-    spreads = [
-        row[scope][k]["spread"]
-        for row in result["latency"] for scope in SCOPES if scope in row for k in ("off", "on")
-    ]  # fmt: skip
-    rounds = result["latency"][0]["model"]["on"]["rounds"] if result["latency"] else 0
-    out: list[RenderableType] = [
-        f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, "
-        f"torch {m['torch']}, atsnn {m['atsnn']}",
-        *(f"checked first: {line}" for line in result["gate"]),
-        "",
-        evaluation_table(result["accuracy"]),
-        _cells_table(result["cost"], result["cost_images"]),
-        _cost_table(result["cost"], result["cost_images"]),
-        _latency_table(result["latency"]),
-    ]
-    if result["latency"]:
-        noise = f"quartile distance up to {100 * max(spreads):.0f} % of the median"
-        if rounds < 4:
-            noise = "too few rounds to tell the spread"
-        elif max(spreads) > NOISY:
-            noise += ": a noisy run, repeat it before you rely on its times"
-        out.append(
-            f"medians of {rounds} interleaved rounds; {noise}. "
-            "realized = latency saved / FLOPs saved."
-        )
-    if result["execution"] == "packed":
-        out.append(
-            "off: every cell of the same network runs, nothing halts. on: the packed form, in "
-            "which the rows of active cells exist and nothing else. Halting does not touch the "
-            "stem. engine: the whole model, frozen (atsnn.freeze)."
-        )
-    else:
-        out.append(
-            "This run executed the masked form: every cell is computed and the halted ones are "
-            "zeroed, so the FLOPs counted as saved were not saved in time, and the realized "
-            "fraction is near zero, or below where masking itself costs time."
-        )
-    return out
 
 
 def print_all(console: Console, parts: list[RenderableType]) -> None:

@@ -91,13 +91,7 @@ class ATSpikformer(nn.Module):
             self.halting = Halting(
                 dim, config.score, config.eps, config.halting, depth=config.depth, T=config.T
             )
-        self.merge: Any = nn.ModuleList()
-        for r in config.merges if config.merging else ():
-            threshold = config.merge_threshold
-            self.merge.append(
-                TokenMerge(r=r if threshold is None else None, threshold=threshold,
-                           match=config.merge_match)
-            )  # fmt: skip
+        self.merge: Any = token_merges(config)
         for norm in batch_norms(self):
             norm.eps = config.bn_eps
         self.apply(_initialise)
@@ -269,6 +263,16 @@ def check_images(op: str, config: SpikformerConfig, x: Tensor) -> None:
         )
     if x.dim() == 5 and x.shape[0] == 0:
         raise InvalidValue(f"{op}: images must have T >= 1 timesteps, got T = 0")
+
+
+def token_merges(config: SpikformerConfig) -> nn.ModuleList:
+    """What merges tokens at each block boundary; empty where nothing does."""
+    threshold = config.merge_threshold
+    return nn.ModuleList(
+        TokenMerge(r=r if threshold is None else None, threshold=threshold,
+                   match=config.merge_match)
+        for r in (config.merges if config.merging else ())
+    )  # fmt: skip
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

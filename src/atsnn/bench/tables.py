@@ -1,0 +1,246 @@
+"""The tables of ``atsnn bench``, for the terminal and for the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..sheets import Sheet, milliseconds, percent, quantity
+from .growth import MEMORY, OPERATOR, PARTS
+from .overheads import OWN_PIECES
+
+__all__ = ["accuracy_sheet", "bench_sheets", "growth_sheets", "machine_line", "overhead_sheets"]
+
+NOISY = 0.3  # spread of a timing, over its median, that the reader is warned of
+COST_PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
+
+
+def machine_line(m: dict[str, Any]) -> str:
+    return (
+        f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, "
+        f"torch {m['torch']}, atsnn {m['atsnn']}"
+    )
+
+
+def accuracy_sheet(rows: dict[str, dict[str, Any]]) -> Sheet:
+    """Accuracy and executed cells, a model a row."""
+    sheet = Sheet("Accuracy", ["model", "score", "accuracy", "images", "cells executed"])
+    for name, row in rows.items():
+        sheet.add(name, row.get("score") or "-", percent(row["accuracy"], 2), str(row["images"]),
+                  percent(row["cells"]))  # fmt: skip
+    return sheet
+
+
+def bench_sheets(result: dict[str, Any]) -> list[Sheet]:
+    """Everything ``atsnn bench`` prints but its head."""
+    sheets = [accuracy_sheet(result["accuracy"])] if result["accuracy"] else []
+    images = result["cost_images"]
+    if len(result["patterns"]) == 1:
+        (cost,) = result["patterns"].values()
+        sheets += [_cells_sheet(cost, images), _cost_sheet(cost, images)]
+    else:
+        sheets.append(_patterns_sheet(result["patterns"], images))
+    sheets[-1].note = result["energy_assumptions"]
+    sheets.append(_latency_sheet(result))
+    if result["breakdown"]:
+        sheets.append(_breakdown_sheet(result["breakdown"]))
+    return sheets
+
+
+def _cells_sheet(cost: dict[str, Any], images: int) -> Sheet:
+    cells = torch.tensor(cost["cells"], dtype=torch.float64)
+    share = cells / torch.tensor(cost["dense"]["cells"], dtype=torch.float64)
+    steps = share.shape[1]
+    sheet = Sheet(
+        f"Share of cells executed, over {images} image{'s' * (images > 1)}",
+        ["block", *(f"t = {t + 1}" for t in range(steps)), "all t"],
+    )
+    for number, row in enumerate(share, 1):
+        sheet.add(str(number), *map(percent, row.tolist()), percent(float(row.mean())))
+    sheet.rule()
+    sheet.add("all", *map(percent, share.mean(0).tolist()), percent(float(share.mean())))
+    return sheet
+
+
+def _saved(now: float, dense: float) -> str:
+    return "-" if dense == 0 else percent(1 - now / dense)
+
+
+def _cost_sheet(cost: dict[str, Any], images: int) -> Sheet:
+    dense = cost["dense"]
+    sheet = Sheet(
+        f"Cost an image, counted over {images} image{'s' * (images > 1)}",
+        ["part", "FLOPs", "saved", "SOPs", "saved", "energy", "saved"],
+    )
+    for part in (*COST_PARTS, "total"):
+        if part == "total":
+            sheet.rule()
+        cells = []
+        for name in ("flops", "sops", "energy_pj"):
+            off, on = dense[name][part] / images, cost[name][part] / images
+            text = f"{on / 1e6:.2f} uJ" if name == "energy_pj" else quantity(on)
+            cells += [text, _saved(on, off)]
+        sheet.add(part, *cells)
+    return sheet
+
+
+def _patterns_sheet(patterns: dict[str, dict[str, Any]], images: int) -> Sheet:
+    sheet = Sheet(
+        f"Saved, counted over {images} image{'s' * (images > 1)}",
+        ["halted", "cells", "FLOPs", "of blocks", "SOPs", "of blocks", "energy"],
+    )
+    for name, cost in patterns.items():
+        dense = cost["dense"]
+        cells = 1 - torch.tensor(cost["cells"]).sum() / torch.tensor(dense["cells"]).sum()
+        row = [percent(float(cells))]
+        for quantity_ in ("flops", "sops"):
+            on, off = cost[quantity_], dense[quantity_]
+            row += [_saved(on["total"], off["total"]), _saved(_blocks(on), _blocks(off))]
+        sheet.add(name, *row, _saved(cost["energy_pj"]["total"], dense["energy_pj"]["total"]))
+    return sheet
+
+
+def _blocks(parts: dict[str, float]) -> float:
+    return parts["total"] - parts["stem"]
+
+
+def _latency_sheet(result: dict[str, Any]) -> Sheet:
+    rows = result["latency"]
+    several = len(result["patterns"]) > 1
+    columns = ["batch", "backend", "scope", "off", "on", "saved", "of FLOPs", "realized"]
+    sheet = Sheet("Latency", [*(["halted"] if several else []), *columns])
+    spreads, rounds, before = [0.0], 0, None
+    for row in sorted(rows, key=lambda r: (r["batch"], r["backend"])):
+        if before not in (None, (row["batch"], row["backend"])):
+            sheet.rule()
+        before = (row["batch"], row["backend"])
+        for scope in ("blocks", "model"):
+            one = row[scope]
+            fraction = one["realized_fraction"]
+            spreads += [one[k]["spread"] for k in ("off", "on")]
+            rounds = one["on"]["rounds"]
+            sheet.add(
+                *([row["halted"]] if several else []), str(row["batch"]), row["backend"], scope,
+                *(milliseconds(one[k]["median_s"]) for k in ("off", "on")),
+                percent(one["latency_saved"]), percent(one["flops_saved"]),
+                "-" if fraction is None else f"{fraction:.2f}",
+            )  # fmt: skip
+    sheet.note = " ".join([_noise(max(spreads), rounds), _legend(result)])
+    return sheet
+
+
+def _noise(spread: float, rounds: int) -> str:
+    noise = f"quartile distance up to {100 * spread:.0f} % of the median"
+    if rounds < 4:
+        noise = "too few rounds to tell the spread"
+    elif spread > NOISY:
+        noise += ": a noisy run, repeat it before you rely on its times"
+    return (
+        f"medians of {rounds} interleaved rounds; {noise}. saved: of the time with halting off. "
+        "realized = time saved / FLOPs saved."
+    )
+
+
+def _legend(result: dict[str, Any]) -> str:
+    if result["execution"] != "packed":
+        return (
+            "This run executed the masked form: every cell is computed and the halted ones are "
+            "zeroed, so the FLOPs counted as saved were not saved in time, and the realized "
+            "fraction of the modules is near zero, or below where masking itself costs time."
+        )
+    return (
+        "off: every cell of the same network runs, nothing halts. on: the packed form, in which "
+        "the rows of active cells exist and nothing else. Halting does not touch the stem. "
+        "engine: the whole model, frozen (atsnn.freeze); native: the modules, on C++ kernels."
+    )
+
+
+def _breakdown_sheet(rows: list[dict[str, Any]]) -> Sheet:
+    sheet = Sheet(
+        "Where the engine's time goes", ["halted", "batch", *COST_PARTS, "all"],
+        note="In milliseconds, by the engine's own clock; below, the share of the whole. halting: "
+        "scores, accumulators, readout and moves of rows.",
+    )  # fmt: skip
+    for number, row in enumerate(rows):
+        if number and row["halted"] == "off":
+            sheet.rule()
+        total = sum(row["seconds"].values())
+        parts = [row["seconds"][part] for part in COST_PARTS]
+        sheet.add(row["halted"], str(row["batch"]),
+                  *(f"{1e3 * seconds:.2f}" for seconds in (*parts, total)))  # fmt: skip
+        sheet.add("", "", *(percent(seconds / total) for seconds in (*parts, total)))
+    return sheet
+
+
+def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
+    """What halting and merging cost, and from where on they pay."""
+    sheets = []
+    first = result["rows"][0]
+    where = {
+        "block": f"by block, batch {first['batch']}, {first['tokens']} tokens",
+        "batch": f"by batch, {first['tokens']} tokens",
+        "tokens": f"by tokens, batch {first['batch']}",
+    }
+    for axis, title in where.items():
+        sheet = Sheet(
+            f"Own cost of halting and merging, {title}", [axis, "block time", *OWN_PIECES, "own"]
+        )
+        for row in (row for row in result["rows"] if row["axis"] == axis):
+            sheet.add(
+                f"{row['at']}", milliseconds(row["block_s"]),
+                *(percent(row["shares"][k], 2) for k in OWN_PIECES), percent(row["own"], 2),
+            )  # fmt: skip
+        sheets.append(sheet)
+    sheets[-1].note = (
+        f"Shares of block time, by the engine's own clock, {100 * result['halted']:g} % of the "
+        "cells halted by a synthetic pattern"
+        + (", tokens merged as configured." if result["merges"]
+           else ", one pair of eight tokens merged at each boundary.")
+        + " own: all of it, less what the readout costs without halting."
+    )  # fmt: skip
+    even = Sheet(
+        "From where on halting pays (no merging)",
+        ["batch", "backend", "nothing halted", *(f"{s}" for s in ("20 %", "40 %", "60 %")),
+         "break-even"],
+        note="Time of the blocks over that with halting off, with that share of the cells halted, "
+        "and the share of FLOPs saved from which it is below 1 (line of least squares).",
+    )  # fmt: skip
+    for row in result["break_even"]:
+        times = [f"{t:.3f}" for t in row["times"]]
+        share = row["break_even"]
+        even.add(str(row["batch"]), row["backend"], *times, *["-"] * (4 - len(times)),
+                 "never" if share is None else percent(share))  # fmt: skip
+    return [*sheets, even]
+
+
+def growth_sheets(result: dict[str, Any]) -> list[Sheet]:
+    """A table an axis, and the exponents."""
+    sheets = []
+    exponents = Sheet(
+        "Fitted exponents: cost = scale * x ^ exponent",
+        ["x", *PARTS, OPERATOR, MEMORY, "FLOPs", "SOPs"],
+        note="Least squares of logarithms over all points, and, second, without the smallest. 1 is "
+        f"linear. {OPERATOR}: atsnn.functional.spiking_attention alone, on floats.",
+    )
+    for axis in result["axes"]:
+        name = axis["axis"]
+        sheet = Sheet(f"Growth with {_unit(name)}", [_unit(name), *PARTS, MEMORY, "FLOPs", "SOPs"])
+        for row in axis["points"]:
+            peak = row["peak_memory"]
+            shown = percent(row["at"], 0) if name == "active" else f"{row['at']:g}"
+            sheet.add(
+                shown, *(milliseconds(row["seconds"][part]) for part in PARTS),
+                "-" if peak is None else f"{peak / 2**20:.1f} MiB",
+                quantity(row["flops"]), quantity(row["sops"]),
+            )  # fmt: skip
+        sheets.append(sheet)
+        names = (*PARTS, OPERATOR, MEMORY, "flops", "sops")
+        for key, label in (("fits", _unit(name)), ("late_fits", "")):
+            cells = [axis[key].get(n) for n in names]
+            exponents.add(label, *("-" if f is None else f"{f['exponent']:.2f}" for f in cells))
+    return [exponents, *sheets]
+
+
+def _unit(axis: str) -> str:
+    return "active cells" if axis == "active" else axis
