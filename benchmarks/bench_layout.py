@@ -99,12 +99,14 @@ def test_layout(benchmark, report, keep, limits, rounds, threads, N, B, share):
         times = interleaved(work | limits.functions, rounds=rounds)
         benchmark.pedantic(ours["take rows"], rounds=5, warmup_rounds=1)
     made = n.nbytes + layout.token.nbytes + layout.offsets.nbytes
-    row = C * x.element_size()
+    row, viewed = C * x.element_size(), layout.is_full
     moved = {
-        "layout": made + layout.index.nbytes, "pack": 2 * layout.num_rows * row,
-        "unpack": layout.num_rows * row + x.nbytes, "without": made + after.index.nbytes,
+        "layout": made + layout.index.nbytes,
+        "pack": 0 if viewed else 2 * layout.num_rows * row,
+        "unpack": 0 if viewed else layout.num_rows * row + x.nbytes,
+        "without": made + after.index.nbytes,
         "take rows": 2 * after.num_rows * row,
-    }  # fmt: skip
+    }
     for name in ours:
         used = {k: times[k] for k in (name, f"mask {name}", f"index {name}") if k in times}
         kept = keep(
@@ -116,6 +118,7 @@ def test_layout(benchmark, report, keep, limits, rounds, threads, N, B, share):
             {
                 "work": name, "tokens": N, "batch": B, "active": f"{share:.0%}",
                 "threads": threads, "ours us": f"{1e6 * times[name].median:.1f}",
-                "mask": ratios[0], "index": ratios[1] if ratios[1:] else "-", **kept,
+                "mask": ratios[0], "index": ratios[1] if ratios[1:] else "-",
+                "bytes/clone": kept.get("bytes/clone", "-"), "spread": kept["spread"],
             }
         )  # fmt: skip

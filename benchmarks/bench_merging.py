@@ -6,7 +6,8 @@ All tokens live all timesteps and none are equally similar, where both rules cho
 The means are then the same up to our rounding to multiples of 2^-8, and the tokens come in another
 order: ours by index, ToMe's (benchmarks/tome.py) by set. "packed" makes the rows of the tokens that
 go on and their layout, "dense" leaves zeros where a token went, which ToMe has no form of: it is
-compared with the same peer.
+compared with the same peer. "operator" is the matching without the checks of its arguments, as the
+engine's own are.
 
 Limits: a matching reads the counts and multiplies half of the tokens with the other half; a merge
 reads all tokens and writes those that go on, an unmerge the other way round.
@@ -65,6 +66,9 @@ def test_merging(benchmark, report, keep, limits, rounds, threads, compiled, N, 
     def match():
         return F.match_tokens(counts, r=r, active_steps=layout.active_steps, backend="native")
 
+    def operator():
+        return torch.ops.atsnn.match_tokens(counts, layout.active_steps, r, None)
+
     def packed():
         after = layout.without(plan.merged)
         y = F.merge_tokens(rows, plan, sizes=sizes, layout=layout, after=after, backend="native")
@@ -82,13 +86,20 @@ def test_merging(benchmark, report, keep, limits, rounds, threads, compiled, N, 
         theirs = tome.match(counts, r)
         their_y, their_sizes = tome.merge(x, sizes, theirs)
         check_match(plan, theirs, r)
+        assert torch.equal(operator(), plan.target)
         check_merge(plan, theirs, after.unpack(y), new_sizes, their_y, their_sizes)
         assert torch.equal(dense()[0], after.unpack(y))
         assert torch.equal(to_grid(tome.unmerge(their_y, theirs)), layout.unpack(unmerge()))
         calls = {
             "match": (counts, r), "merge": (x, sizes, theirs), "unmerge": (their_y, theirs),
         }  # fmt: skip
-        work = {"match": match, "packed": packed, "dense": dense, "unmerge": unmerge}
+        work = {
+            "match": match,
+            "operator": operator,
+            "packed": packed,
+            "dense": dense,
+            "unmerge": unmerge,
+        }
         for name, arguments in calls.items():
             check_compiled(compiled[name](*arguments), getattr(tome, name)(*arguments))
             work[f"ToMe {name}"] = lambda n=name, a=arguments: getattr(tome, n)(*a)
@@ -96,8 +107,10 @@ def test_merging(benchmark, report, keep, limits, rounds, threads, compiled, N, 
         times = interleaved(work | limits.functions, rounds=rounds)
         benchmark.pedantic(packed, rounds=5, warmup_rounds=1)
     both = x.nbytes + y.nbytes
+    matched, products = counts.nbytes + plan.target.nbytes, 2 * B * (N // 2) ** 2 * C
     for name, peer, moved, flops in (
-        ("match", "match", counts.nbytes + plan.target.nbytes, 2 * B * (N // 2) ** 2 * C),
+        ("match", "match", matched, products),
+        ("operator", "match", matched, products),
         ("packed", "merge", both, 2 * x.numel()),
         ("dense", "merge", 2 * x.nbytes, 2 * x.numel()),
         ("unmerge", "unmerge", both, 0),
@@ -110,7 +123,7 @@ def test_merging(benchmark, report, keep, limits, rounds, threads, compiled, N, 
         )  # fmt: skip
         report(
             {
-                "work": name if peer == name else f"merge, {name}", "tokens": N, "batch": B,
+                "work": name if peer == name else f"{peer}, {name}", "tokens": N, "batch": B,
                 "merged": r, "threads": threads, "ours us": f"{1e6 * ours.median:.0f}",
                 "ToMe us": f"{1e6 * eager.median:.0f}",
                 "ToMe": f"{eager.median / ours.median:.1f}x",

@@ -11,6 +11,8 @@ the four fire the same spikes although snnTorch and Norse compute in another ord
 the threshold, not at it. All peers run as they are and under ``torch.compile``, compiled for
 each shape. snnTorch decays no input, so it is handed one that already is. Its reset, like ours and
 SpikingJelly's here, is left out of the backward; Norse's cannot be, and is held to ours with it.
+
+Of the two verdicts on a forward the first is that against the copy.
 """
 
 from __future__ import annotations

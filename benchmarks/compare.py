@@ -30,6 +30,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,9 +61,9 @@ class Tree:
     root: Path
 
 
-def git(*args: str, root: Path = ROOT) -> str:
+def git(*args: str, root: Path | None = None) -> str:
     done = subprocess.run(
-        ["git", *args], cwd=root, check=False, capture_output=True, text=True
+        ["git", *args], cwd=root or ROOT, check=False, capture_output=True, text=True
     )  # fmt: skip
     if done.returncode:
         raise CompareError(f"git {' '.join(args)}: {done.stderr.strip()}")
@@ -357,12 +358,13 @@ def main(
 
     options = parse(argv)
     aside = Console(stderr=True, highlight=False)
+    say = functools.partial(aside.print, markup=False, soft_wrap=True)
     names = {"base": options.base, "head": options.head or "working tree"}
     try:
         with aside.status("") as status:
             if starters is None:
-                head = at_revision(options.head, aside.print) if options.head else working_tree()
-                base = at_revision(options.base, aside.print)
+                head = at_revision(options.head, say) if options.head else working_tree()
+                base = at_revision(options.base, say)
                 names = {"base": base.name, "head": head.name}
                 trees = {"base": base, "again": base, "head": head}
                 starters = {
@@ -373,7 +375,7 @@ def main(
                 starters, options.rounds, options.least, options.only, status.update
             )
     except CompareError as error:
-        aside.print(f"compare: {error}", style="red", markup=False)
+        say(f"compare: {error}", style="red")
         return 2
     out = Console(highlight=False)
     threads = f"{options.threads} thread" + "s" * (options.threads > 1)
@@ -404,4 +406,9 @@ def write(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        STATUS = main()
+    except Exception:
+        traceback.print_exc()
+        STATUS = 2  # Python's own, 1, would say that something got slower
+    sys.exit(STATUS)

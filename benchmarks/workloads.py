@@ -106,7 +106,11 @@ class Peers:
         return run
 
     def check(self, B: int) -> None:
-        """All of them, the modules and the engine give the same numbers on the exact model."""
+        """All of them, the modules and the engine give the same numbers on the exact model.
+
+        The compiled ones are compiled here, for this batch and the number of threads at hand.
+        """
+        torch._dynamo.reset()  # past a number of versions PyTorch runs a network eagerly
         x = exact_images(self.exact.config, B)
         self.carry(self.exact)
         want = self.exact(x)

@@ -34,7 +34,7 @@ def test_dense_flops_by_hand():
     inner = B * T * heads * N * N * d
     assert found.flops.attention == L * 2 * (4 * rows * C * C + 2 * inner)
     assert found.flops.mlp == L * 2 * 2 * rows * C * 4 * C
-    assert found.flops.head == rows * C + 2 * B * C * 5
+    assert found.flops.head == 2 * B * C * 5
     assert found.flops.halting == found.flops.merging == 0
     assert found.flops.total == sum(dict(found.flops).values())
     assert torch.equal(found.cells, torch.full((L, T), B * N))

@@ -1,6 +1,6 @@
 """Fused kernels for spiking vision transformers whose tokens halt early and merge."""
 
-from . import compare, convert, export, firing, functional, nir, nn, schedule, testing
+from . import compare, convert, counting, export, firing, functional, nir, nn, schedule, testing
 from .checkpoint import from_pretrained
 from .checks import AtsnnError
 from .cost import cost
@@ -25,6 +25,7 @@ __all__ = [
     "compare",
     "convert",
     "cost",
+    "counting",
     "create_model",
     "export",
     "firing",

@@ -225,7 +225,7 @@ class TokenLayout:
         count = self.T * self.B * self.N
         cells = rows.new_full((count + self.padded, *rows.shape[1:]), fill)
         index = self.index % (count + 1) if self.padded else self.index
-        return cells.index_copy(0, index, rows)[:count].view(shape)
+        return cells.index_copy_(0, index, rows)[:count].view(shape)
 
     def without(self, tokens: Tensor) -> TokenLayout:
         """The layout in which these tokens, ``[B, N]`` bool, are not active."""

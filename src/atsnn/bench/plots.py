@@ -146,6 +146,11 @@ def _realized(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False, fontsize=8, title="larger: larger batch", title_fontsize=7)
 
 
+def _legend_below(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.17),
+                columnspacing=1.2, handlelength=1.2)  # fmt: skip
+
+
 def _ink(axes: Any) -> Any:
     return axes.spines["bottom"].get_edgecolor()
 
@@ -161,7 +166,7 @@ def _breakdown(axes: Any, rows: list[dict[str, Any]]) -> None:
         ends = [end + value for end, value in zip(ends, values, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("of the time with halting off")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, 1.25))
+    _legend_below(axes)
 
 
 def _short(halted: str) -> str:
@@ -194,7 +199,7 @@ def _costs(axes: Any, cost: dict[str, Any]) -> None:
     axes.axhline(1, lw=0.7, ls="--", color=_ink(axes))
     axes.set_xticks(range(len(parts)), parts)
     axes.set_ylabel("left, of halting off")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    _legend_below(axes)
 
 
 # -- what halting costs ---------------------------------------------------------------------------
@@ -229,7 +234,7 @@ def _own(axes: Any, rows: list[dict[str, Any]], axis: str) -> None:
         ends = [end + value for end, value in zip(ends, values, strict=True)]
     axes.set_xlabel(axis)
     axes.set_ylabel("% of block time")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.25))
+    _legend_below(axes)
 
 
 def _break_even(axes: Any, rows: list[dict[str, Any]]) -> None:

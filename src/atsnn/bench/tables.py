@@ -13,6 +13,7 @@ from .overheads import OWN_PIECES
 __all__ = ["accuracy_sheet", "bench_sheets", "growth_sheets", "machine_line", "overhead_sheets"]
 
 NOISY = 0.3  # spread of a timing, over its median, that the reader is warned of
+SHORT = {"accumulators": "accum.", "matching": "match", "merging": "merge"}
 COST_PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
 
 
@@ -42,9 +43,11 @@ def bench_sheets(result: dict[str, Any]) -> list[Sheet]:
     else:
         sheets.append(_patterns_sheet(result["patterns"], images))
     sheets[-1].note = result["energy_assumptions"]
-    sheets.append(_latency_sheet(result))
-    if result["breakdown"]:
-        sheets.append(_breakdown_sheet(result["breakdown"]))
+    batches = dict.fromkeys(row["batch"] for row in result["latency"])
+    sheets += [_latency_sheet(result, batch) for batch in batches]
+    sheets[-1].note = f"{_noise(result['latency'])} {_legend(result)}"
+    clocked = dict.fromkeys(row["batch"] for row in result["breakdown"])
+    sheets += [_breakdown_sheet(result["breakdown"], batch) for batch in clocked]
     return sheets
 
 
@@ -105,32 +108,35 @@ def _blocks(parts: dict[str, float]) -> float:
     return parts["total"] - parts["stem"]
 
 
-def _latency_sheet(result: dict[str, Any]) -> Sheet:
-    rows = result["latency"]
+def _latency_sheet(result: dict[str, Any], batch: int) -> Sheet:
     several = len(result["patterns"]) > 1
-    columns = ["batch", "backend", "scope", "off", "on", "saved", "of FLOPs", "realized"]
-    sheet = Sheet("Latency", [*(["halted"] if several else []), *columns])
-    spreads, rounds, before = [0.0], 0, None
-    for row in sorted(rows, key=lambda r: (r["batch"], r["backend"])):
-        if before not in (None, (row["batch"], row["backend"])):
+    columns = ["scope", "off", "on", "saved", "of FLOPs", "realized"]
+    sheet = Sheet(
+        f"Latency, batch {batch}", ["backend", *(["halted"] if several else []), *columns]
+    )
+    rows = [row for row in result["latency"] if row["batch"] == batch]
+    before = None
+    for row in sorted(rows, key=lambda row: row["backend"]):
+        if before not in (None, row["backend"]):
             sheet.rule()
-        before = (row["batch"], row["backend"])
+        before = row["backend"]
         for scope in ("blocks", "model"):
             one = row[scope]
             fraction = one["realized_fraction"]
-            spreads += [one[k]["spread"] for k in ("off", "on")]
-            rounds = one["on"]["rounds"]
             sheet.add(
-                *([row["halted"]] if several else []), str(row["batch"]), row["backend"], scope,
+                row["backend"], *([row["halted"]] if several else []), scope,
                 *(milliseconds(one[k]["median_s"]) for k in ("off", "on")),
                 percent(one["latency_saved"]), percent(one["flops_saved"]),
                 "-" if fraction is None else f"{fraction:.2f}",
             )  # fmt: skip
-    sheet.note = " ".join([_noise(max(spreads), rounds), _legend(result)])
     return sheet
 
 
-def _noise(spread: float, rounds: int) -> str:
+def _noise(rows: list[dict[str, Any]]) -> str:
+    timings = [
+        row[scope][k] for row in rows for scope in ("blocks", "model") for k in ("off", "on")
+    ]
+    spread, rounds = max(t["spread"] for t in timings), timings[0]["rounds"]
     noise = f"quartile distance up to {100 * spread:.0f} % of the median"
     if rounds < 4:
         noise = "too few rounds to tell the spread"
@@ -156,20 +162,25 @@ def _legend(result: dict[str, Any]) -> str:
     )
 
 
-def _breakdown_sheet(rows: list[dict[str, Any]]) -> Sheet:
+def _breakdown_sheet(rows: list[dict[str, Any]], batch: int) -> Sheet:
+    off, *on = (row for row in rows if row["batch"] == batch)
+    names = ["on"] if len(on) == 1 else [row["halted"] for row in on]
     sheet = Sheet(
-        "Where the engine's time goes", ["halted", "batch", *COST_PARTS, "all"],
-        note="In milliseconds, by the engine's own clock; below, the share of the whole. halting: "
-        "scores, accumulators, readout and moves of rows.",
-    )  # fmt: skip
-    for number, row in enumerate(rows):
-        if number and row["halted"] == "off":
-            sheet.rule()
-        total = sum(row["seconds"].values())
-        parts = [row["seconds"][part] for part in COST_PARTS]
-        sheet.add(row["halted"], str(row["batch"]),
-                  *(f"{1e3 * seconds:.2f}" for seconds in (*parts, total)))  # fmt: skip
-        sheet.add("", "", *(percent(seconds / total) for seconds in (*parts, total)))
+        f"Where the engine's time goes, batch {batch}",
+        ["part", "off", "share", *(c for name in names for c in (name, "share"))],
+        note="In milliseconds, by the engine's own clock. halting: scores, accumulators, readout "
+        "and moves of rows.",
+    )
+    shown = [row["seconds"] for row in (off, *on)]
+    totals = [sum(seconds.values()) for seconds in shown]
+    for part in COST_PARTS:
+        cells = [
+            (f"{1e3 * seconds[part]:.2f}", percent(seconds[part] / total))
+            for seconds, total in zip(shown, totals, strict=True)
+        ]
+        sheet.add(part, *(text for pair in cells for text in pair))
+    sheet.rule()
+    sheet.add("all", *(text for total in totals for text in (f"{1e3 * total:.2f}", "")))
     return sheet
 
 
@@ -184,16 +195,18 @@ def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
     }
     for axis, title in where.items():
         sheet = Sheet(
-            f"Own cost of halting and merging, {title}", [axis, "block time", *OWN_PIECES, "own"]
+            f"Own cost of halting and merging, {title}",
+            [axis, "ms", *(SHORT.get(k, k) for k in OWN_PIECES), "own"],
         )
         for row in (row for row in result["rows"] if row["axis"] == axis):
+            shares = (*(row["shares"][k] for k in OWN_PIECES), row["own"])
             sheet.add(
-                f"{row['at']}", milliseconds(row["block_s"]),
-                *(percent(row["shares"][k], 2) for k in OWN_PIECES), percent(row["own"], 2),
-            )  # fmt: skip
+                f"{row['at']}", f"{1e3 * row['block_s']:.2f}", *(f"{100 * v:.2f}" for v in shares)
+            )
         sheets.append(sheet)
     sheets[-1].note = (
-        f"Shares of block time, by the engine's own clock, {100 * result['halted']:g} % of the "
+        f"ms: of the blocks; the others in per cent of it, by the engine's own clock, "
+        f"{100 * result['halted']:g} % of the "
         "cells halted by a synthetic pattern"
         + (", tokens merged as configured." if result["merges"]
            else ", one pair of eight tokens merged at each boundary.")
