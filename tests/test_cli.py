@@ -12,6 +12,7 @@ import torch
 
 from atsnn import bench, cli, data, measure
 from atsnn.checkpoint import from_pretrained
+from atsnn.sheets import milliseconds
 
 
 def run(capsys, *arguments):
@@ -44,14 +45,15 @@ def test_bench_prints_the_numbers_it_writes(capsys, tmp_path, monkeypatch):
     assert this["accuracy"] == int((trace.logits.argmax(1) == split.labels[:40]).sum()) / 40
     assert this["cells"] == pytest.approx(float(trace.active.double().mean()))
     assert {"trained without halting", "constant score (control)"} < set(found["accuracy"])
-    assert [row["batch"] for row in found["latency"]] == [1, 4]
+    rows = [(row["batch"], row["backend"]) for row in found["latency"]]
+    assert rows == [(1, "engine"), (1, "native"), (4, "engine"), (4, "native")]
     for row in found["latency"]:
         for scope in ("blocks", "model"):
             one = row[scope]
             assert one["realized_fraction"] == pytest.approx(
                 one["latency_saved"] / one["flops_saved"]
             )
-            assert f"{1e3 * one['on']['median_s']:.2f} ms" in out
+            assert milliseconds(one["on"]["median_s"]) in out
             assert f"{100 * one['flops_saved']:.1f} %" in out
     assert f"{100 * this['cells']:.1f} %" in out and "the packed form" in out
     assert "native = reference bit for bit" in out and "packed = masked on 32 images" in out

@@ -1,9 +1,9 @@
 """``atsnn bench``: what halting saves, counted and measured; how cost grows; what halting costs."""
 
 from .gate import GateFailed, check_gate
-from .growth import AXES, growth
+from .growth import AXES, measure_growth
 from .halting import BACKENDS
-from .overheads import overheads
+from .overheads import measure_overheads
 from .run import bench
 from .subject import of_checkpoint, of_config, read_config
 
@@ -13,9 +13,9 @@ __all__ = [
     "GateFailed",
     "bench",
     "check_gate",
-    "growth",
+    "measure_growth",
+    "measure_overheads",
     "of_checkpoint",
     "of_config",
-    "overheads",
     "read_config",
 ]

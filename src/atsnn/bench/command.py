@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..checks import InvalidValue, check_choice, check_integer
 from ..nn.config import SpikformerConfig
 from ..sheets import Sheet
-from .growth import AXES, growth
-from .overheads import TOKENS, overheads
+from .growth import AXES, measure_growth
+from .overheads import TOKENS, measure_overheads
 from .page import page
 from .plots import Plot, bench_plots, growth_plots, overhead_plots, save
 from .run import bench, steps
@@ -100,7 +100,7 @@ def _overheads(args: argparse.Namespace, console: Console) -> Found:
     with _progress(console, 1 + 2 * len(batches) + len(tokens)) as (log, _):
         log("loading")
         subject = _subject(args)
-        result = overheads(
+        result = measure_overheads(
             subject, halted=halted[0], batches=batches, tokens=tokens, rounds=args.rounds, log=log
         )
     sections = [("What halting and merging cost", overhead_sheets(result), overhead_plots(result))]
@@ -120,7 +120,7 @@ def _growth(args: argparse.Namespace, console: Console) -> Found:
     if args.tokens:
         values["tokens"] = tuple(args.tokens)
     with _progress(console, sum(len(values[axis]) + 1 for axis in axes)) as (log, _):
-        result = growth(
+        result = measure_growth(
             str(args.config), _config(args), axes, rates=_rates(args), batch=batch, values=values,
             rounds=args.rounds, log=log,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..checks import BackendError, check_choice
+from ..checks import BackendError, InvalidValue, check_choice
 from ..engine import Engine
 from ..measure import interleaved, machine
 from ..nn.config import SpikformerConfig
@@ -26,7 +26,7 @@ from .gate import engine_of
 from .halting import Pattern, Pieces
 from .subject import of_config
 
-__all__ = ["AXES", "Fit", "fit", "growth", "peak_memory"]
+__all__ = ["AXES", "Fit", "fit", "measure_growth", "peak_memory"]
 
 AXES: dict[str, tuple[float, ...]] = {
     "tokens": (16, 64, 196, 256, 576, 1024),
@@ -78,7 +78,7 @@ class _Point:
     config: SpikformerConfig
 
 
-def growth(
+def measure_growth(
     name: str,
     config: SpikformerConfig,
     axes: Sequence[str] = tuple(AXES),
@@ -117,6 +117,10 @@ def growth(
     """
     for axis in axes:
         check_choice("bench", "--growth", axis, AXES)
+        if len(set(values[axis])) < 2:
+            raise InvalidValue(
+                f"bench: growth with {axis} needs two or more points, got {list(values[axis])}"
+            )
     found = []
     for axis in axes:
         points = []
@@ -193,7 +197,7 @@ def _measure(
         costs[MEMORY] = [float(m or 0) for m in memory]
     fits = {name: vars(fit(x, cost)) for name, cost in costs.items()}
     # Without the small ones, whose fixed costs bend the line.
-    late = {name: vars(fit(x[1:], cost[1:])) for name, cost in costs.items()}
+    late = {name: vars(fit(x[1:], cost[1:])) for name, cost in costs.items() if len(x) > 2}
     return {"axis": axis, "points": rows, "x": x, "fits": fits, "late_fits": late}
 
 

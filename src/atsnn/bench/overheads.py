@@ -16,7 +16,7 @@ from .gate import engine_of
 from .halting import Pattern, Pieces, measure_batch
 from .subject import Subject, resized, with_changes
 
-__all__ = ["OWN_PIECES", "TOKENS", "break_even", "overheads"]
+__all__ = ["OWN_PIECES", "TOKENS", "break_even", "measure_overheads"]
 
 OWN_PIECES = PIECES[2:]
 TOKENS = (16, 64, 196, 256)
@@ -25,7 +25,7 @@ MERGED = 8  # one pair of so many tokens merges at each boundary, where the mode
 
 
 @torch.no_grad()
-def overheads(
+def measure_overheads(
     subject: Subject,
     *,
     halted: float = 0.4,

@@ -176,7 +176,9 @@ def _short(halted: str) -> str:
 def _cells(axes: Any, cost: dict[str, Any]) -> None:
     share = torch.tensor(cost["cells"]).double() / torch.tensor(cost["dense"]["cells"]).double()
     L, T = share.shape
-    axes.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    edges = ([i - 0.5 for i in range(n + 1)] for n in (T, L))
+    axes.pcolormesh(*edges, share.numpy(), cmap="viridis", vmin=0, vmax=1)
+    axes.invert_yaxis()
     if L * T <= 64:
         for block, line in enumerate(share.tolist()):
             for step, value in enumerate(line):
