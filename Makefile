@@ -7,15 +7,19 @@ NATIVE_TESTS := $(wildcard tests/native/*.cpp tests/native/*.h)
 CXX_FILES := $(CSRC) $(NATIVE_TESTS)
 PY_FILES := src kernels tests benchmarks setup.py
 
-.PHONY: help bench bench-neuron bench-attention bench-model bench-engine bench-dropin bench-gpu gpu-report profile test asan fuzz lint format build docs clean
+# The suite, one file a subject; those with a bar first.
+BARRED := neuron linear attention model halting training growth
+SUITE := $(BARRED) merging layout dropin
+
+.PHONY: help bench bars bench-compare bench-gpu gpu-report profile test asan fuzz lint format build \
+  clean $(addprefix bench-,$(SUITE))
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
-	@echo "make bench-neuron    time the neuron kernels against SpikingJelly"
-	@echo "make bench-attention time spiking attention against dense matrix products"
-	@echo "make bench-model     time packed execution against dense, inference and training"
-	@echo "make bench-engine    time the event-driven engine against dense execution"
-	@echo "make bench-dropin    time SpikingJelly's models before and after atsnn.accelerate"
+	@echo "make bars     everything that has a bar, into docs/results/performance.md (20-30 minutes)"
+	@echo "make bench-X  one file of the suite, X one of:"
+	@echo "              $(SUITE)"
+	@echo "make bench-compare   what got slower: HEAD~1 against the working tree, or BASE=rev HEAD=rev"
 	@echo "make bench-gpu       time the Triton kernels against SpikingJelly's and PyTorch compiled"
 	@echo "make gpu-report      what the compiled Triton kernels take and move, without a GPU (docs/gpu.md)"
 	@echo "make profile  where the engine's time goes, and how far each part is from its limit"
@@ -48,9 +52,31 @@ bench: build
 
 # glibc would give memory back after every large tensor and fault it in again, which is not what
 # is to be measured, ours or theirs.
-bench-neuron bench-attention bench-model bench-engine bench-dropin: bench-%: build
-	MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=33554432 \
-	$(BIN)/python -m pytest benchmarks/bench_$*.py
+QUIET := MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=33554432
+
+$(addprefix bench-,$(SUITE)): bench-%: build
+	$(QUIET) $(BIN)/python -m pytest benchmarks/bench_$*.py
+
+# Each file in a process of its own, on the best instruction set and, where that is AVX-512, on
+# AVX2 beside it. Memory is told as the system tells it, so growth keeps glibc as it is.
+BARS := build/bars
+bars: build
+	rm -rf $(BARS)
+	for file in $(BARRED); do \
+	  quiet="$(QUIET)"; test $$file = growth && quiet=; \
+	  env $$quiet $(BIN)/python -m pytest benchmarks/bench_$$file.py --bars $(BARS) || exit 1; \
+	  if test -f $(BARS)/avx512.json; then \
+	    env $$quiet ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest benchmarks/bench_$$file.py \
+	      --bars $(BARS) || exit 1; \
+	  fi; \
+	done
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu_report.py --no-counts \
+	  --shapes S4-384 --json $(BARS)/gpu.json > $(BARS)/gpu.txt
+	$(BIN)/python benchmarks/write_results.py $(BARS)
+
+# Exits with 1 (make: 2) where something got slower; the worktrees it builds lie in build/compare.
+bench-compare: build
+	$(QUIET) $(BIN)/python benchmarks/compare.py $(if $(BASE),--base $(BASE)) $(if $(HEAD),--head $(HEAD))
 
 # On a machine without a GPU: TRITON_INTERPRET=1 make bench-gpu runs it on small shapes.
 bench-gpu: build
@@ -116,3 +142,4 @@ format: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info src/atsnn/_C*.so
+	git worktree prune

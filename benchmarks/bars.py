@@ -93,7 +93,7 @@ BARS = {
         "halting: realized fraction of the blocks, synthetic patterns at equal firing rates",
         ">=", 0.95,
     ),
-    "halting_off": Bar("nothing halts, halting on: time of the blocks over halting off", "<=", 1.02),
+    "halting_off": Bar("halting on, nothing halts: time of blocks over halting off", "<=", 1.02),
     "halting_own": Bar(
         "halting and merging: their own cost as a share of block time", "<=", 0.02, percent=True
     ),

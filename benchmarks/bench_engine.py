@@ -24,7 +24,6 @@ from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.model.spikformer import spikformer_cifar10
 
 import atsnn
-import atsnn.functional as F
 from atsnn.compare import compare_engine
 from atsnn.data import load
 from atsnn.firing import set_firing_rates

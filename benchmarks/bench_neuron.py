@@ -34,7 +34,7 @@ with warnings.catch_warnings():  # what these warn of on import is their own aff
 
 SHAPES = [(4, 32, 64, 384), (4, 8, 196, 512)]
 IDS = ["x".join(map(str, shape)) for shape in SHAPES]
-# Operations an element: charge 3, fire 1, reset 1; of the backward see docs/results.md.
+# Operations an element: charge 3, fire 1, reset 1; of the backward see docs/results/README.md.
 FORWARD_OPS, BACKWARD_OPS = 5, 30
 TAU = 2.0
 

@@ -23,7 +23,10 @@ def pytest_addoption(parser):
         "--rounds", type=int, default=15,
         help="interleaved rounds of each timing (default: 15; fewer than 10 is no measurement)",
     )  # fmt: skip
-    parser.addoption("--bars", type=Path, metavar="FILE", help="write the rows of all bars to FILE")
+    parser.addoption(
+        "--bars", type=Path, metavar="FOLDER",
+        help="add the rows of all bars to a file in FOLDER, named by the instruction set",
+    )  # fmt: skip
 
 
 def pytest_configure(config):
@@ -142,11 +145,18 @@ def peers():
 
 
 def pytest_sessionfinish(session):
-    path = session.config.getoption("--bars")
-    if path is not None and BARS:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = {"machine": measure.machine() | {"peers": peers()}, "bars": BARS}
-        path.write_text(json.dumps(found, indent=2) + "\n")
+    folder = session.config.getoption("--bars")
+    if folder is None or not BARS:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = measure.machine() | {"peers": peers()}
+    path = folder / f"{machine['instruction_set']}.json"
+    # A run of each file adds to it: a process that has timed much is no longer fresh.
+    before = json.loads(path.read_text())["bars"] if path.is_file() else []
+    found = {
+        "machine": machine, "rounds": session.config.getoption("--rounds"), "bars": before + BARS
+    }  # fmt: skip
+    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -18,7 +18,7 @@ from .spikes import OPS, Spikes
 
 # Where more of the inputs are not zero, dense arithmetic is as fast: for convolutions, for inputs
 # that are not spikes, and for linear layers of fewer rows than the second number. With more rows
-# spikes are faster to add at any rate. (Measured on AVX-512; see docs/results.md.)
+# spikes are faster to add at any rate. (Measured on AVX-512; see docs/results/README.md.)
 MOST_EVENTS, MANY_ROWS = 0.35, 16
 # A layer whose input was too dense looks again after so many calls.
 PATIENCE = 16
