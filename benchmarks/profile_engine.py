@@ -13,11 +13,10 @@ import statistics
 import time
 
 import torch
-from bench_engine import RATES, images
 from bench_linear import LIMIT_ADDS, in_first_cache
+from workloads import RATES, firing_model
 
 import atsnn
-from atsnn.firing import set_firing_rates
 
 
 def main() -> None:
@@ -29,12 +28,7 @@ def main() -> None:
     parser.add_argument("--level", default=None, help="instruction set (default: the best)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    model = atsnn.create_model("spikformer_4_384", num_classes=10, halting="rectangle").eval()
-    with torch.no_grad():
-        model.halting.beta.fill_(-60.0)  # nothing halts; scores are computed all the same
-    x = images(args.batch)
-    set_firing_rates(model, x, *RATES[args.rates])
+    model, x = firing_model(args.batch, args.rates, halting="rectangle")
     engine = atsnn.freeze(model)
     limit = in_first_cache()
     traces, limits = [], []

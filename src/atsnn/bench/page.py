@@ -28,7 +28,7 @@ code { overflow-wrap: anywhere; }
 figure { margin: 0 0 1.4rem; }
 figcaption, caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
 .plots { display: grid; gap: 1rem; margin-bottom: 1.2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
 .plots figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .7rem; }
 .plots svg { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }

@@ -80,6 +80,7 @@ def bench(
         "energy_assumptions": ENERGY,
         "latency": [],
         "breakdown": [],
+        "rounds": rounds,
     }
     for size in batches:
         one = measure_batch(subject, size, patterns, backends, rounds, log)

@@ -45,7 +45,7 @@ def bench_sheets(result: dict[str, Any]) -> list[Sheet]:
     sheets[-1].note = result["energy_assumptions"]
     batches = dict.fromkeys(row["batch"] for row in result["latency"])
     sheets += [_latency_sheet(result, batch) for batch in batches]
-    sheets[-1].note = f"{_noise(result['latency'])} {_legend(result)}"
+    sheets[-1].note = f"{_noise(result)} {_legend(result)}"
     clocked = dict.fromkeys(row["batch"] for row in result["breakdown"])
     sheets += [_breakdown_sheet(result["breakdown"], batch) for batch in clocked]
     return sheets
@@ -110,7 +110,7 @@ def _blocks(parts: dict[str, float]) -> float:
 
 def _latency_sheet(result: dict[str, Any], batch: int) -> Sheet:
     several = len(result["patterns"]) > 1
-    columns = ["scope", "off", "on", "saved", "of FLOPs", "realized"]
+    columns = ["scope", "off", "on", "saved", "FLOPs", "realized"]
     sheet = Sheet(
         f"Latency, batch {batch}", ["backend", *(["halted"] if several else []), *columns]
     )
@@ -132,11 +132,12 @@ def _latency_sheet(result: dict[str, Any], batch: int) -> Sheet:
     return sheet
 
 
-def _noise(rows: list[dict[str, Any]]) -> str:
+def _noise(result: dict[str, Any]) -> str:
+    rows = result["latency"]
     timings = [
         row[scope][k] for row in rows for scope in ("blocks", "model") for k in ("off", "on")
     ]
-    spread, rounds = max(t["spread"] for t in timings), timings[0]["rounds"]
+    spread, rounds = max(t["spread"] for t in timings), result["rounds"]
     noise = f"quartile distance up to {100 * spread:.0f} % of the median"
     if rounds < 4:
         noise = "too few rounds to tell the spread"
@@ -144,6 +145,7 @@ def _noise(rows: list[dict[str, Any]]) -> str:
         noise += ": a noisy run, repeat it before you rely on its times"
     return (
         f"medians of {rounds} interleaved rounds; {noise}. saved: of the time with halting off. "
+        "FLOPs: the share of them that is saved. "
         "realized = time saved / FLOPs saved."
     )
 
@@ -167,20 +169,22 @@ def _breakdown_sheet(rows: list[dict[str, Any]], batch: int) -> Sheet:
     names = ["on"] if len(on) == 1 else [row["halted"] for row in on]
     sheet = Sheet(
         f"Where the engine's time goes, batch {batch}",
-        ["part", "off", "share", *(c for name in names for c in (name, "share"))],
+        ["part", "off", "share", *names, *(["share"] if len(on) == 1 else [])],
         note="In milliseconds, by the engine's own clock. halting: scores, accumulators, readout "
         "and moves of rows.",
     )
     shown = [row["seconds"] for row in (off, *on)]
     totals = [sum(seconds.values()) for seconds in shown]
     for part in COST_PARTS:
-        cells = [
-            (f"{1e3 * seconds[part]:.2f}", percent(seconds[part] / total))
-            for seconds, total in zip(shown, totals, strict=True)
-        ]
-        sheet.add(part, *(text for pair in cells for text in pair))
+        cells = []
+        for number, (seconds, total) in enumerate(zip(shown, totals, strict=True)):
+            cells.append(f"{1e3 * seconds[part]:.2f}")
+            if number == 0 or len(on) == 1:
+                cells.append(percent(seconds[part] / total))
+        sheet.add(part, *cells)
     sheet.rule()
-    sheet.add("all", *(text for total in totals for text in (f"{1e3 * total:.2f}", "")))
+    sums = [f"{1e3 * total:.2f}" for total in totals]
+    sheet.add("all", sums[0], "", *sums[1:], *([""] if len(on) == 1 else []))
     return sheet
 
 
