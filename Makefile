@@ -71,7 +71,7 @@ bars: build
 	  fi; \
 	done
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu_report.py --no-counts \
-	  --shapes S4-384 --json $(BARS)/gpu.json > $(BARS)/gpu.txt
+	  --json $(BARS)/gpu.json > $(BARS)/gpu.txt
 	$(BIN)/python benchmarks/write_results.py $(BARS)
 
 # Exits with 1 (make: 2) where something got slower; the worktrees it builds lie in build/compare.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from workloads import firing_model
 
+import atsnn
 import atsnn.functional as F
 from atsnn.bench.growth import AXES, fit, measure_growth, peak_memory
 from atsnn.measure import interleaved
@@ -85,7 +86,8 @@ def test_engine(benchmark, row, threads, rounds):
     if all(memory):
         row("growth_memory", "engine, rows (by tokens)", rows, memory, "MiB", 2**-20)
     benchmark.extra_info["axes"] = found["axes"]
-    benchmark.pedantic(lambda: None, rounds=1)
+    model, x = firing_model(1)
+    benchmark.pedantic(atsnn.freeze(model), (x,), rounds=3, warmup_rounds=1)
 
 
 def test_modules(benchmark, row, threads, rounds):
