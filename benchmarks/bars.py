@@ -49,7 +49,7 @@ class Bar:
 
 ADDITIONS = (
     "the rate of additions: at a given rate of firing they are a given number, and the kernel does "
-    "0.7 to 0.9 of what it reaches on weights in the first cache, of which a core reads 32 (AVX2) or "
+    "0.7 to 0.9 of what it reaches on weights in the first cache, which gives 32 (AVX2) or "
     "64 bytes (AVX-512) a cycle (docs/engine.md)"
 )
 LAYER = (
