@@ -60,14 +60,16 @@ $(addprefix bench-,$(SUITE)): bench-%: build
 # Each file in a process of its own, on the best instruction set and, where that is AVX-512, on
 # AVX2 beside it. Memory is told as the system tells it, so growth keeps glibc as it is.
 BARS := build/bars
+ROUNDS ?= 11
 bars: build
 	rm -rf $(BARS)
 	for file in $(BARRED); do \
 	  quiet="$(QUIET)"; test $$file = growth && quiet=; \
-	  env $$quiet $(BIN)/python -m pytest benchmarks/bench_$$file.py --bars $(BARS) || exit 1; \
+	  env $$quiet $(BIN)/python -m pytest benchmarks/bench_$$file.py --rounds $(ROUNDS) \
+	    --bars $(BARS) || exit 1; \
 	  if test -f $(BARS)/avx512.json; then \
 	    env $$quiet ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest benchmarks/bench_$$file.py \
-	      --bars $(BARS) || exit 1; \
+	      --rounds $(ROUNDS) --bars $(BARS) || exit 1; \
 	  fi; \
 	done
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu_report.py --no-counts \
