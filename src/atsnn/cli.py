@@ -115,8 +115,8 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
         help="batch sizes to time (default: 1 32; --overheads 1 4 16; --growth 1)",
     )  # fmt: skip
     bench.add_argument(
-        "--backends", nargs="+", default=["engine", "native"], metavar="NAME",
-        help="who computes, side by side: engine, native, reference",
+        "--backends", nargs="+", metavar="NAME",
+        help="who computes, side by side: engine, native, reference (default: engine native)",
     )  # fmt: skip
     bench.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the timing")
     bench.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")

@@ -20,6 +20,9 @@ from .ops import native_level
 __all__ = ["Timing", "interleaved", "machine", "realized_fraction", "threads", "version"]
 
 
+LONG = 0.5  # seconds
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of each round.
@@ -57,7 +60,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time functions in turns (A B C A B C ...), so that a noisy neighbour meets them all.
 
-    Each turn begins with one call that is not timed, so that every function is timed warm.
+    Each turn begins with one call that is not timed, so that every function is timed warm; but for
+    those of ``LONG`` seconds, whose own beginning is too short a part of them to tell.
 
     Parameters
     ----------
@@ -74,20 +78,21 @@ def interleaved(
     wait = wait or (lambda: None)
     check_integer("interleaved", "rounds", rounds, at_least=1)
     check_integer("interleaved", "warmup", warmup, at_least=1)
-    calls = {}
+    once, calls = {}, {}
     for name, function in functions.items():
         for _ in range(warmup):
             wait()
             start = time.perf_counter()
             function()
             wait()
-            once = time.perf_counter() - start
-        calls[name] = max(1, round(least_seconds / max(once, 1e-9)))
+            once[name] = time.perf_counter() - start
+        calls[name] = max(1, round(least_seconds / max(once[name], 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             # Untimed: the caches and the allocator are as the other function left them.
-            function()
+            if once[name] < LONG:
+                function()
             wait()
             start = time.perf_counter()
             for _ in range(calls[name]):

@@ -14,6 +14,7 @@ from ..checks import InvalidValue, check_choice, check_integer
 from ..nn.config import SpikformerConfig
 from ..sheets import Sheet
 from .growth import AXES, measure_growth
+from .halting import BACKENDS
 from .overheads import TOKENS, measure_overheads
 from .page import page
 from .plots import Plot, bench_plots, growth_plots, overhead_plots, save
@@ -70,15 +71,15 @@ Found = tuple[dict[str, Any], str, list[tuple[str, list[Sheet], list[Plot]]], li
 
 
 def _bench(args: argparse.Namespace, console: Console) -> Found:
-    batches = args.batch or BATCHES["bench"]
+    batches, backends = args.batch or BATCHES["bench"], args.backends or BACKENDS[:2]
     with _progress(console, 1) as (log, expect):
         log("loading")
         subject = _subject(args)
         subject.model.execution = args.execution
         halted = args.halted or (() if subject.trained else UNTRAINED_HALTED)
-        expect(1 + steps(batches, args.backends, subject.trained))
+        expect(1 + steps(batches, backends, subject.trained))
         result = bench(
-            subject, halted=halted, batches=batches, backends=args.backends,
+            subject, halted=halted, batches=batches, backends=backends,
             rounds=args.rounds, log=log,
         )  # fmt: skip
     result["checkpoint"], result["data"] = args.checkpoint, args.data
