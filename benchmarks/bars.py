@@ -121,7 +121,7 @@ BARS = {
     ),
     "halting_off": Bar("halting on, nothing halts: time of blocks over halting off", "<=", 1.02,
         limits="noise above all: the clock of the pieces halting adds says 0.2 to 0.5 % (the next "
-        "bar); two engines of one network, neither halting, differ by as much"
+        "bar); two engines of one network, neither halting, differed by up to 3 %"
     ),
     "halting_own": Bar(
         "halting and merging: their own cost as a share of block time", "<=", 0.02, percent=True,
