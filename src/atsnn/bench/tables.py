@@ -214,7 +214,8 @@ def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
         "cells halted by a synthetic pattern"
         + (", tokens merged as configured." if result["merges"]
            else ", one pair of eight tokens merged at each boundary.")
-        + " Where tokens merge, moving rows is part of it. own: all of it, less what the readout costs "
+        + " Where tokens merge, moving rows is part of it. "
+        "own: all of it, less what the readout costs "
         "without halting."
     )  # fmt: skip
     even = Sheet(
