@@ -57,7 +57,7 @@ class Sheet:
         return table
 
     def html(self) -> str:
-        """A ``<table>`` with a caption, and the note as a paragraph."""
+        """A figure of the title, a ``<table>`` and the note."""
         head = "".join(f"<th scope=col>{escape(c)}</th>" for c in self.columns)
         body, ruled = [], False
         for row in self.rows:
@@ -71,8 +71,9 @@ class Sheet:
         note = f"<p class=note>{escape(self.note)}</p>" if self.note else ""
         # Scrolls by itself where it is wider than the page.
         return (
-            f"<figure><div class=scroll tabindex=0><table><caption>{escape(self.title)}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"<figure><figcaption>{escape(self.title)}</figcaption>"
+            f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(body)}</tbody></table></div>"
             f"{note}</figure>"
         )
 

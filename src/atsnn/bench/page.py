@@ -26,7 +26,7 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 ul { padding-left: 1.1rem; }
 code { overflow-wrap: anywhere; }
 figure { margin: 0 0 1.4rem; }
-figcaption, caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
+figcaption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
 .plots { display: grid; gap: 1rem; margin-bottom: 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
 .plots figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .7rem; }
