@@ -96,7 +96,10 @@ def page(levels: dict[str, dict[str, Any]], gpu: list[dict[str, Any]]) -> str:
         if not mine:
             continue
         good = sum(row["met"] for row in mine)
-        parts.append(f"\n## {bar.work}\n\nBar {bar.text}: met by {good} of {len(mine)}.\n")
+        parts.append(
+            f"\n## {bar.work}\n\nBar {bar.text}: met by {good} of {len(mine)}. "
+            f"Alone: `{bar.command}`.\n"
+        )
         if good < len(mine) and bar.limits:
             parts.append(f"What limits it: {bar.limits}.\n")
         columns = ["case", "measured", *others, "met"]

@@ -41,8 +41,8 @@ def test_page_shows_every_row_and_what_limits_the_missed():
     text = write_results.page({"avx512": best, "avx2": beside}, [])
     assert "2 of 3 rows meet their bar" in text and "met by 1 of 2" in text
     assert "| case | measured | avx2 | met |" in text
-    assert "| A | 0.80 | 0.90 | yes |" in text and "| B | 6.50 | 4.00 | **no** |" in text
-    assert "| C | 9.00 | - | yes |" in text
+    assert "| A | 0.800 | 0.900 | yes |" in text and "| B | 6.500 | 4.000 | **no** |" in text
+    assert "| C | 9.000 | - | yes |" in text
     assert bars.BARS["network_five"].limits in text and "a processor, 2 cores" in text
     assert "has none" not in text
     alone = write_results.page({"avx2": best}, [])

@@ -164,7 +164,9 @@ def test_the_pieces_of_blocks_are_the_parts(changes):
 
 def test_overheads(small):
     found = bench.measure_overheads(small, batches=(1, 2), tokens=(4, 16), rounds=1)
-    axes = {"batch": (1,), "block": (1, 2, 3)}, {"batch": (2,), "tokens": (4, 16)}
+    axes = (
+        {"alone": (1, 2)}, {"batch": (1,), "block": (1, 2, 3)}, {"batch": (2,), "tokens": (4, 16)}
+    )  # fmt: skip
     want = [(axis, at) for one in axes for axis, values in one.items() for at in values]
     assert [(r["axis"], r["at"]) for r in found["rows"]] == want
     for row in found["rows"]:
@@ -172,7 +174,9 @@ def test_overheads(small):
         for piece, share in row["shares"].items():
             assert share == pytest.approx(row["seconds"][piece] / row["block_s"])
         assert set(row["shares"]) == set(overheads.OWN_PIECES)
-    whole, *blocks = found["rows"][:4]
+    alone = found["rows"][0]["seconds"]
+    assert alone["merging"] == alone["matching"] == 0 < alone["moves"]
+    whole, *blocks = found["rows"][2:6]
     for piece, seconds in whole["seconds"].items():
         assert seconds == pytest.approx(sum(block["seconds"][piece] for block in blocks))
     assert whole["seconds"]["merging"] > 0, "a model that merges nothing is given merging"
@@ -184,7 +188,7 @@ def test_overheads(small):
         assert row["saved"][0] == pytest.approx(0, abs=0.05) and len(row["times"]) == 4
         assert row["times"][0] == row["nothing_halted"]
     titles = [sheet.title for sheet in tables.overhead_sheets(found)]
-    assert len(titles) == 4 and "by block" in titles[0]
+    assert len(titles) == 5 and "halting alone" in titles[0]
 
 
 def test_break_even_is_where_the_line_reaches_one():
@@ -206,13 +210,14 @@ def test_a_power_law_is_found():
 
 
 def test_growth():
-    values = {"tokens": (4, 16, 64), "batch": (1, 2), "active": (0.5, 1.0), "timesteps": (1, 2),
+    values = {"tokens": (4, 16, 64), "batch": (1, 2), "active": (0.1, 1.0), "timesteps": (1, 2),
               "channels": (16, 32), "depth": (1, 2)}  # fmt: skip
     found = bench.measure_growth("tiny", TINY, list(values), values=values, rounds=1)
     axes = {axis["axis"]: axis for axis in found["axes"]}
     assert list(axes) == list(values)
     for name, axis in axes.items():
-        assert [row["at"] for row in axis["points"]] == list(values[name])
+        want = [1 / 3, 1.0] if name == "active" else list(values[name])  # the least share there is
+        assert [row["at"] for row in axis["points"]] == want
         for row in axis["points"]:
             s = row["seconds"]
             assert 0 < s["attention"] + s["mlp"] <= s["blocks"] < s["model"]
@@ -223,7 +228,7 @@ def test_growth():
     assert [row["image_size"] for row in axes["tokens"]["points"]] == [8, 16, 32]
     assert axes["channels"]["fits"]["flops"]["exponent"] > 1.3
     active = axes["active"]
-    assert active["x"][0] / active["x"][1] == pytest.approx(0.5, abs=0.05)
+    assert active["x"][0] / active["x"][1] == pytest.approx(1 / 3, abs=0.05)
     sheets = tables.growth_sheets(found)
     assert len(sheets) == 7 and len(plots.growth_plots(found)) == 6
 
@@ -268,8 +273,10 @@ class Outline(HTMLParser):
 
 
 @pytest.mark.parametrize("kind", [[], ["--overheads"], ["--growth", "batch", "tokens"]])
-def test_page_and_pictures(capsys, tmp_path, kind):
+def test_page_and_pictures(capsys, monkeypatch, tmp_path, kind):
     from PIL import Image
+
+    monkeypatch.setenv("COLUMNS", "80")
 
     page, png = tmp_path / "new" / "page.html", tmp_path / "new" / "plot.png"
     arguments = ["--config", "spikformer_4_384", *SMALL, "--rounds", "1", *kind]
@@ -277,6 +284,7 @@ def test_page_and_pictures(capsys, tmp_path, kind):
     arguments += ["--batch", "1"]
     code, out, err = run(capsys, *arguments, "--html", str(page), "--plot", str(png))
     assert code == 0 and err == ""
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80, "nothing is cut off"
     outline = Outline()
     text = page.read_text()
     outline.feed(text)
@@ -342,6 +350,8 @@ WRONG = [
     ([*CONFIG, *SMALL, "--overheads", "--tokens", "5"], "tokens must be squares, got 5"),
     (["--plot", "x.pdf"], "--plot must end in .png or .svg, got x.pdf"),
     (["--html", "x.txt"], "--html must end in .html or .htm, got x.txt"),
+    (["--json", "/proc/no/x.json"], "--json: expected a file that can be written"),
+    (["--plot", "/proc/x.png"], "--plot: expected a file that can be written"),
     (["--limit", "0"], "--limit must be a number >= 1, got 0"),
 ]
 

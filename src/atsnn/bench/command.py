@@ -82,7 +82,9 @@ def _bench(args: argparse.Namespace, console: Console) -> Found:
             subject, halted=halted, batches=batches, backends=backends,
             rounds=args.rounds, log=log,
         )  # fmt: skip
-    result["checkpoint"], result["data"] = args.checkpoint, args.data
+    real = args.config is None
+    result["checkpoint"] = args.checkpoint if real else None
+    result["data"] = args.data if real else None
     sheets, plots = bench_sheets(result), bench_plots(result)
     if subject.controls:
         sheets[0].note = (
@@ -98,14 +100,14 @@ def _overheads(args: argparse.Namespace, console: Console) -> Found:
     halted = args.halted or [0.4]
     if len(halted) > 1:
         raise InvalidValue(f"bench: --overheads takes one share of --halted, got {len(halted)}")
-    with _progress(console, 1 + 2 * len(batches) + len(tokens)) as (log, _):
+    with _progress(console, 2 + 3 * len(batches) + len(tokens)) as (log, _):
         log("loading")
         subject = _subject(args)
         result = measure_overheads(
             subject, halted=halted[0], batches=batches, tokens=tokens, rounds=args.rounds, log=log
         )
     sections = [("What halting and merging cost", overhead_sheets(result), overhead_plots(result))]
-    return result, f"overheads, {subject.title}", sections, []
+    return result, f"overheads, {subject.title}", sections, result["gate"]
 
 
 def _growth(args: argparse.Namespace, console: Console) -> Found:
@@ -167,14 +169,25 @@ def _config(args: argparse.Namespace) -> SpikformerConfig:
 
 def _check_files(args: argparse.Namespace) -> None:
     """Before minutes of work: files of the right kind, in folders that can be made."""
-    for option, endings in (("plot", (".png", ".svg")), ("html", (".html", ".htm"))):
+    kinds = {"plot": (".png", ".svg"), "html": (".html", ".htm"), "json": ("",)}
+    for option, endings in kinds.items():
         path: Path | None = getattr(args, option)
         if path is None:
             continue
-        if path.suffix.lower() not in endings:
+        if endings != ("",) and path.suffix.lower() not in endings:
             raise InvalidValue(f"bench: --{option} must end in {' or '.join(endings)}, got {path}")
         if path.is_dir():
             raise InvalidValue(f"bench: --{option} must be a file, got the folder {path}")
+        new = not path.exists()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        except OSError as error:
+            raise InvalidValue(
+                f"bench: --{option}: expected a file that can be written, got {error}"
+            ) from error
+        if new:
+            path.unlink()
 
 
 @contextmanager

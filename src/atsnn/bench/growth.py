@@ -115,6 +115,11 @@ def measure_growth(
         ``axes``: a list with the points of each axis (seconds by part, FLOPs, SOPs, rows, peak
         memory in bytes) and the fits.
     """
+    # Every token runs the first block, so no smaller share is active.
+    least = 1 / config.depth
+    values = dict(values)
+    if "active" in values:
+        values["active"] = sorted({max(share, least) for share in values["active"]})
     for axis in axes:
         check_choice("bench", "--growth", axis, AXES)
         if len(set(values[axis])) < 2:

@@ -46,7 +46,9 @@ class Pattern:
         shape = (c.depth, c.T, B, c.grid**2)
         if self.halted == 0:
             return torch.zeros(shape)
-        return synthetic_scores(synthetic_depths(*shape, 1 - self.halted), c.depth)
+        # Rounded, it may lie just below the least share there is.
+        share = max(1 - self.halted, 1 / c.depth)
+        return synthetic_scores(synthetic_depths(*shape, share), c.depth)
 
 
 def patterns_of(subject: Subject, halted: Sequence[float]) -> list[Pattern]:

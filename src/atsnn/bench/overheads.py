@@ -12,7 +12,7 @@ import torch
 from ..checks import BackendError, InvalidValue, check_integer
 from ..engine import PIECES, Engine
 from ..measure import interleaved, machine
-from .gate import engine_of
+from .gate import check_gate, engine_of
 from .halting import Pattern, Pieces, measure_batch
 from .subject import Subject, resized, with_changes
 
@@ -51,9 +51,10 @@ def measure_overheads(
     Returns
     -------
     dict
-        ``rows``: seconds of each piece and its share of block time, by block, by batch and by
-        tokens. ``break_even``: for each batch and backend the cost with nothing halted, and the
-        share of halted cells from which halting pays (without merging).
+        ``rows``: seconds of each piece and its share of block time, by batch without merging
+        (``alone``), then with it by batch, by block and by tokens. ``break_even``: for each batch
+        and backend the cost with nothing halted, and the share of halted cells from which halting
+        pays (without merging).
     """
     for size in batches:
         check_integer("bench", "batch", size, at_least=1)
@@ -64,6 +65,12 @@ def measure_overheads(
     pattern = Pattern(halted)
     rows = []
     first = batches[0]
+    log("checking the native kernels against the reference, packed against masked")
+    gate = check_gate(subject.model, subject.images(min(first, 2)))
+    for size in batches:
+        log(f"taking apart batch {size}, halting alone")
+        rows.append(_row("alone", size, *_pieces(subject, size, pattern, rounds, False), size,
+                         c.grid**2))  # fmt: skip
     for size in batches:
         log(f"taking apart batch {size}")
         blocks, off = _pieces(subject, size, pattern, rounds)
@@ -82,18 +89,21 @@ def measure_overheads(
         log(f"looking for the break-even of batch {size}")
         even += _break_evens(subject, size, rounds)
     return {
-        "machine": machine(), "halted": halted, "rows": rows, "break_even": even,
+        "machine": machine(), "gate": gate, "rounds": rounds, "halted": halted,
+        "rows": rows, "break_even": even,
         "merges": subject.model.config.merging, "model": c.to_dict(),
         "subject": {"title": subject.title, "trained": subject.trained, "rates": subject.rates},
     }  # fmt: skip
 
 
 def _pieces(
-    subject: Subject, B: int, pattern: Pattern, rounds: int
+    subject: Subject, B: int, pattern: Pattern, rounds: int, merging: bool = True
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Seconds of each block's pieces, with halting and merging and without."""
     model = subject.model
-    if not model.config.merging:
+    if not merging:
+        model = with_changes(model, merge_r=0, merge_threshold=None)
+    elif not model.config.merging:
         model = with_changes(model, merge_r=max(1, model.config.grid**2 // MERGED))
     images = subject.images(B)
     engines = [engine_of(one) for one in (model, model.without_halting())]
@@ -111,11 +121,12 @@ def _row(
 ) -> dict[str, Any]:
     seconds = {k: sum(block[k] for block in blocks) for k in blocks[0]}
     total = sum(seconds.values())
-    # The readout is there without halting too, after the last block.
-    own = sum(seconds[k] - sum(block[k] for block in off) for k in OWN_PIECES)
+    # The readout is there without halting too, after the last block: of one block it is not told.
+    own = sum(seconds[k] - sum(block[k] for block in off) for k in OWN_PIECES) / total
     return {
         "axis": axis, "at": at, "batch": B, "tokens": N, "block_s": total, "seconds": seconds,
-        "shares": {k: seconds[k] / total for k in OWN_PIECES}, "own": own / total,
+        "shares": {k: seconds[k] / total for k in OWN_PIECES},
+        "own": None if axis == "block" else own,
         "off_s": sum(sum(block.values()) for block in off),
     }  # fmt: skip
 

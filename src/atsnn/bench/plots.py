@@ -209,11 +209,15 @@ def _costs(axes: Any, cost: dict[str, Any]) -> None:
 
 def overhead_plots(result: dict[str, Any]) -> list[Plot]:
     plots = []
-    for axis in ("block", "batch", "tokens"):
+    titles = {
+        "alone": "Own cost of halting alone, by batch", "block": "With merging, by block",
+        "batch": "With merging, by batch", "tokens": "With merging, by tokens",
+    }  # fmt: skip
+    for axis, title in titles.items():
         rows = [row for row in result["rows"] if row["axis"] == axis]
         plots.append(
             Plot(
-                f"Own cost by {axis}", partial(_own, rows=rows, axis=axis),
+                title, partial(_own, rows=rows, axis=axis),
                 f"Stacked bars: own cost of halting and merging by {axis}, of block time.",
             )
         )  # fmt: skip
@@ -234,7 +238,7 @@ def _own(axes: Any, rows: list[dict[str, Any]], axis: str) -> None:
         values = [100 * row["shares"][piece] for row in rows]
         axes.bar(labels, values, bottom=ends, color=colour, label=piece, width=0.7)
         ends = [end + value for end, value in zip(ends, values, strict=True)]
-    axes.set_xlabel(axis)
+    axes.set_xlabel("batch" if axis == "alone" else axis)
     axes.set_ylabel("% of block time")
     _legend_below(axes)
 

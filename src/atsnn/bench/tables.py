@@ -192,21 +192,27 @@ def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
     """What halting and merging cost, and from where on they pay."""
     sheets = []
     first = result["rows"][0]
+    at = f"batch {first['batch']}, {first['tokens']} tokens"
     where = {
-        "block": f"by block, batch {first['batch']}, {first['tokens']} tokens",
-        "batch": f"by batch, {first['tokens']} tokens",
-        "tokens": f"by tokens, batch {first['batch']}",
+        "alone": f"Own cost of halting alone, by batch, {first['tokens']} tokens",
+        "block": f"Own cost of halting and merging, by block, {at}",
+        "batch": f"Own cost of halting and merging, by batch, {first['tokens']} tokens",
+        "tokens": f"Own cost of halting and merging, by tokens, batch {first['batch']}",
     }
     for axis, title in where.items():
         sheet = Sheet(
-            f"Own cost of halting and merging, {title}",
-            [axis, "ms", *(SHORT.get(k, k) for k in OWN_PIECES), "own"],
+            title,
+            [
+                "batch" if axis == "alone" else axis,
+                "ms",
+                *(SHORT.get(k, k) for k in OWN_PIECES),
+                "own",
+            ],
         )
         for row in (row for row in result["rows"] if row["axis"] == axis):
             shares = (*(row["shares"][k] for k in OWN_PIECES), row["own"])
-            sheet.add(
-                f"{row['at']}", f"{1e3 * row['block_s']:.2f}", *(f"{100 * v:.2f}" for v in shares)
-            )
+            cells = ["-" if v is None else f"{100 * v:.2f}" for v in shares]
+            sheet.add(f"{row['at']}", f"{1e3 * row['block_s']:.2f}", *cells)
         sheets.append(sheet)
     sheets[-1].note = (
         f"ms: of the blocks; the others in per cent of it, by the engine's own clock, "
@@ -216,7 +222,7 @@ def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
            else ", one pair of eight tokens merged at each boundary.")
         + " Where tokens merge, moving rows is part of it. "
         "own: all of it, less what the readout costs "
-        "without halting."
+        f"without halting. Medians of {result['rounds']} interleaved rounds."
     )  # fmt: skip
     even = Sheet(
         "From where on halting pays (no merging)",
@@ -238,18 +244,21 @@ def growth_sheets(result: dict[str, Any]) -> list[Sheet]:
     sheets = []
     exponents = Sheet(
         "Fitted exponents: cost = scale * x ^ exponent",
-        ["x", *PARTS, OPERATOR, MEMORY, "FLOPs", "SOPs"],
+        ["x", *PARTS, "operator", "memory", "FLOPs", "SOPs"],
         note="Least squares of logarithms over all points, and, second, without the smallest. 1 is "
-        f"linear. {OPERATOR}: atsnn.functional.spiking_attention alone, on floats.",
+        "linear. memory: peak. operator: atsnn.functional.spiking_attention alone, on floats.",
     )
     for axis in result["axes"]:
         name = axis["axis"]
-        sheet = Sheet(f"Growth with {_unit(name)}", [_unit(name), *PARTS, MEMORY, "FLOPs", "SOPs"])
+        sheet = Sheet(
+            f"Growth with {_unit(name)}, milliseconds",
+            [_unit(name), *PARTS, "peak", "FLOPs", "SOPs"],
+        )
         for row in axis["points"]:
             peak = row["peak_memory"]
             shown = percent(row["at"], 0) if name == "active" else f"{row['at']:g}"
             sheet.add(
-                shown, *(milliseconds(row["seconds"][part]) for part in PARTS),
+                shown, *(f"{1e3 * row['seconds'][part]:.2f}" for part in PARTS),
                 "-" if peak is None else f"{peak / 2**20:.1f} MiB",
                 quantity(row["flops"]), quantity(row["sops"]),
             )  # fmt: skip
