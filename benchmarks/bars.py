@@ -130,7 +130,7 @@ BARS = {
         ">=", 0.95,
     ),
     "halting_off": Bar("halting on, nothing halts: time of blocks over halting off", "<=", 1.02,
-        limits="not the pieces that halting adds, 0.2 to 0.5 % by the engine's clock (the next bar): "
+        limits="not the pieces that halting adds, 0.2 to 0.5 % by the engine's clock (next bar): "
         "in turns with two engines that do not halt it took 1.003 to 1.005 of the first, and the "
         "second of them up to 1.03",
     ),
