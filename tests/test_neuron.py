@@ -149,10 +149,15 @@ def run_at_level(level: str, code: str) -> str:
     return result.stdout.strip()
 
 
-def test_levels_and_threads_agree_bit_for_bit():
+def usable_levels() -> list[str]:
+    """What may be asked of PyTorch, which takes a machine without AVX-512 at its word."""
     order = ["default", "avx2", "avx512"]
     best = torch.backends.cpu.get_cpu_capability().lower().replace("no avx", "default")
-    usable = order[: order.index(best) + 1] if best in order else ["default"]
+    return order[: order.index(best) + 1] if best in order else ["default"]
+
+
+def test_levels_and_threads_agree_bit_for_bit():
+    usable = usable_levels()
     code = "import test_neuron as t; from atsnn import ops; print(ops.native_level(), {})"
     found = {}
     for asked, used in LEVELS:
@@ -165,6 +170,8 @@ def test_levels_and_threads_agree_bit_for_bit():
 
 @pytest.mark.parametrize("level", [asked for asked, _ in LEVELS])
 def test_each_level_equals_the_judge(level):
+    if level not in usable_levels():
+        pytest.skip(f"this machine has no {level}")
     code = (
         "import test_neuron as t\n"
         "import hypothesis; hypothesis.settings.load_profile('default')\n"
