@@ -144,4 +144,4 @@ format: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info src/atsnn/_C*.so
-	git worktree prune
+	-git worktree prune 2> /dev/null

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bars import on_threads
 
 import atsnn.functional as F
 from atsnn import TokenLayout
@@ -60,7 +61,7 @@ def attend_lif(*qkv):
 
 
 def case_of(N, B, threads, *more):
-    return ", ".join((f"{N} tokens, batch {B}", *more, f"{threads} thread{'s' * (threads > 1)}"))
+    return ", ".join((f"{N} tokens, batch {B}", *more, on_threads(threads)))
 
 
 def products(N, B):

@@ -12,6 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from bars import on_threads
+from bench_attention import HEADS, C, T, products, spikes
 from workloads import firing_model
 
 import atsnn
@@ -21,15 +23,9 @@ from atsnn.measure import interleaved
 from atsnn.nn.config import model_config
 from atsnn.schedule import scheduled, synthetic_depths, synthetic_scores
 
-T, C, HEADS = 4, 384, 12
 TOKENS = (64, 196, 256, 576, 1024)
 SHARES = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
 BATCHES = (1, 2, 4, 8)
-
-
-def spikes(N, rate, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand((T, 1, N, C), generator=generator) < rate).float()
 
 
 @pytest.fixture
@@ -38,7 +34,7 @@ def row(report, bar, threads):
 
     def add(name, work, x, cost, unit, scale):
         found = fit(x, cost)
-        met = bar(name, f"{work}, {threads} thread" + "s" * (threads > 1), found.exponent)
+        met = bar(name, f"{work}, {on_threads(threads)}", found.exponent)
         report(
             {
                 "work": work, "threads": threads, "from": f"{x[0]:g}", "to": f"{x[-1]:g}",
@@ -54,7 +50,7 @@ def test_attention_with_tokens(benchmark, row, limits, keep, rounds):
     """The operator on floats, 64 to 1024 tokens; bytes of q, k, v and the result."""
     work = {}
     for N in TOKENS:
-        q, k, v = (spikes(N, 0.1, seed) for seed in range(3))
+        q, k, v = (spikes(0.1, 1, N, seed) for seed in range(3))
         run = partial(F.spiking_attention, q, k, v, num_heads=HEADS)
         want = F.spiking_attention(q, k, v, num_heads=HEADS, backend="reference")
         assert torch.equal(run(), want)
@@ -63,7 +59,7 @@ def test_attention_with_tokens(benchmark, row, limits, keep, rounds):
         times = interleaved({**work, **limits.functions}, rounds=rounds)
         benchmark.pedantic(work["1024"], rounds=3, warmup_rounds=1)
     for N in TOKENS:
-        moved, flops = 4 * 4 * T * N * C, 4 * T * N * C * (C // HEADS)
+        moved, flops = 4 * 4 * T * N * C, products(N, 1)
         keep(times, str(N), moved=moved, flops=flops, prefix=f"{N} tokens ")
     seconds = [times[str(N)].median for N in TOKENS]
     row("growth_attention", "attention operator, tokens", TOKENS, seconds, "ms", 1e3)

@@ -28,14 +28,14 @@ class Traces:
     """Traces of the engine's runs, taken in turns: it has a clock for each part."""
 
     def __init__(self, runs, limits, rounds):
-        every = {name: [] for name in runs}
-        functions = {k: lambda k=k: every[k].append(runs[k]()) for k in runs}
-        # One timed call a turn, after one that is not timed where it is short.
-        times = interleaved(functions | limits.functions, rounds=rounds, least_seconds=0.0)
-        self.of = {
-            name: traces[-2 * rounds :][1::2] if len(traces) >= 2 * rounds else traces[-rounds:]
-            for name, traces in every.items()
-        }
+        self.of = {name: [] for name in runs}
+
+        def taken(name, trace):
+            if name in runs:
+                self.of[name].append(trace)
+
+        work = runs | limits.functions
+        times = interleaved(work, rounds=rounds, least_seconds=0.0, taken=taken)
         self.limits = {name: times[name] for name in limits.functions}
 
     def timing(self, name, part="blocks"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bars import on_threads
 
 import atsnn.functional as F
 from atsnn.measure import interleaved
@@ -72,7 +73,7 @@ def test_linear(benchmark, report, bar, keep, limits, rounds, threads, shape):
             | {"ours": ours, "dense": dense, "floats": times[f"floats {rate}"]},
             moved=moved[rate], flops=2.0 * T * N * inputs * outputs, prefix=f"{rate} ",
         )  # fmt: skip
-        case = f"{inputs} -> {outputs}, {rate:.0%}, {threads} thread{'s' * (threads > 1)}"
+        case = f"{inputs} -> {outputs}, {rate:.0%}, {on_threads(threads)}"
         report(
             {
                 "work": f"{inputs} -> {outputs}", "rate": f"{rate:.0%}", "threads": threads,

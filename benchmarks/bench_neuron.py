@@ -21,10 +21,11 @@ import warnings
 
 import pytest
 import torch
+from bars import on_threads
 from spikingjelly.activation_based import functional, surrogate
 
 import atsnn.functional as F
-from atsnn.measure import interleaved
+from atsnn.measure import interleaved, kept_bytes
 
 with warnings.catch_warnings():  # what these warn of on import is their own affair
     warnings.simplefilter("ignore")
@@ -102,10 +103,6 @@ def clone(x):
     return x.clone(), torch.zeros_like(x[0])
 
 
-def counted(threads):
-    return f"{threads} thread{'s' * (threads > 1)}"
-
-
 def case_of(shape):
     return f"[{','.join(map(str, shape))}]"
 
@@ -148,7 +145,7 @@ def test_forward(benchmark, row, bar, keep, limits, rounds, threads, peers, shap
         benchmark.pedantic(ours, (x,), rounds=5, warmup_rounds=1)
     # x is read and the spikes are written, once each; the state is written.
     kept = keep(times, moved=2 * x.nbytes + state.nbytes, flops=FORWARD_OPS * x.numel())
-    case, base = f"{case_of(shape)}, {counted(threads)}", times["ours"].median
+    case, base = f"{case_of(shape)}, {on_threads(threads)}", times["ours"].median
     met = (
         bar("lif_of_clone", case, base / times["copy"].median),
         bar("lif_compiled", case, times["SJ compiled"].median / base),
@@ -187,28 +184,15 @@ def test_forward_and_backward(benchmark, row, bar, keep, limits, rounds, threads
     moved = 5 * x.nbytes + x[0].nbytes
     kept = keep(times, moved=moved, flops=(FORWARD_OPS + BACKWARD_OPS) * x.numel())
     ratio = times["SJ compiled"].median / times["ours"].median
-    met = bar("lif_training", f"{case_of(shape)}, {counted(threads)}", ratio)
+    met = bar("lif_training", f"{case_of(shape)}, {on_threads(threads)}", ratio)
     row("forward + backward", shape, times, kept, met)
-
-
-def saved(function, x):
-    """Bytes that autograd keeps for the backward: of each storage once."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function(x)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_bytes_kept_for_the_backward(benchmark, report, bar, shape):
     x = inputs(shape).requires_grad_()
     functions = {"ours": ours, **EAGER, "SJ compiled": compiled(spikingjelly)}
-    found = {name: saved(function, x) for name, function in functions.items()}
+    found = {name: kept_bytes(lambda f=f: f(x)) for name, f in functions.items()}
     benchmark.extra_info["bytes kept"] = found
     benchmark.pedantic(ours, (x,), rounds=5, warmup_rounds=1)
     share = {name: number / x.nbytes for name, number in found.items()}

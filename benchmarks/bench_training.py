@@ -16,7 +16,7 @@ import torch
 from workloads import SHARES, L, case, firing_model, halting_depths
 
 from atsnn.cost import cost_of_trace
-from atsnn.measure import interleaved, realized_fraction
+from atsnn.measure import interleaved, kept_bytes, realized_fraction
 from atsnn.schedule import scheduled, synthetic_scores
 
 B = 16
@@ -80,7 +80,7 @@ def test_step(benchmark, report, bar, keep, limits, rounds, threads):
     for name, network in packed.items():
         own, flops = times[name], block_flops(network)
         fraction = realized_fraction(times[baseline].median, own.median, everything, flops)
-        kept = keep(
+        columns = keep(
             {name: own} | theirs | {k: times[k] for k in limits.functions}, name,
             flops=PASSES * flops, prefix=f"{name} ",
         )  # fmt: skip
@@ -90,7 +90,7 @@ def test_step(benchmark, report, bar, keep, limits, rounds, threads):
                 "masked ms": ms(times["masked"]), "off ms": ms(times["off"]), "baseline": baseline,
                 "of it": f"{own.median / times[baseline].median:.3f}",
                 "FLOPs saved": f"{1 - flops / everything:.3f}", "realized": f"{fraction:.2f}",
-                **kept,
+                **columns,
                 "met": (
                     bar("training_realized", case(B, threads), fraction) if name == HELD else ""
                 ),
@@ -102,33 +102,28 @@ def ms(timing):
     return f"{1e3 * timing.median:.0f}"
 
 
-def kept_bytes(network, tokens):
-    """Bytes that autograd keeps of a forward pass, each storage once, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    held = {}
+def kept(network, tokens):
+    """Bytes that autograd keeps of a forward pass, and the share of cells that ran."""
+    traces = []
 
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return t
+    def forward():
+        traces.append(network.forward_tokens(tokens, return_trace=True))
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        trace = network.forward_tokens(tokens, return_trace=True)  # the graph lives until the end
-    return sum(held.values()), float(trace.active.double().mean())
+    found = kept_bytes(forward, network.parameters())
+    return found, float(traces[0].active.double().mean())
 
 
 def test_memory(report, bar):
     # Masked execution keeps some tensors of the active rows alone: so here everything runs.
     packed, dense, tokens = networks("none")
-    everything = {name: kept_bytes(network, tokens)[0] for name, network in dense.items()}
+    everything = {name: kept(network, tokens)[0] for name, network in dense.items()}
     baseline = min(everything, key=everything.get)
     for name, network in packed.items():
-        kept, cells = kept_bytes(network, tokens)
-        ratio = (1 - kept / everything[baseline]) / (1 - cells)
+        held, cells = kept(network, tokens)
+        ratio = (1 - held / everything[baseline]) / (1 - cells)
         report(
             {
-                "halted": name, "batch": B, "kept MB": mb(kept),
+                "halted": name, "batch": B, "kept MB": mb(held),
                 **{f"{k} MB": mb(v) for k, v in everything.items()}, "baseline": baseline,
                 "cells saved": f"{1 - cells:.3f}", "bytes over cells saved": f"{ratio:.3f}",
                 "met": bar("training_memory", f"batch {B}", ratio) if name == HELD else "",

@@ -10,6 +10,7 @@ import copy
 from functools import cache
 
 import torch
+from bars import on_threads
 from judge import carry_over
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.model.spikformer import spikformer_cifar10
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import atsnn
+from atsnn.bench.subject import NEVER
 from atsnn.data import patterns
 from atsnn.firing import set_firing_rates
 from atsnn.schedule import synthetic_depths
@@ -30,7 +32,7 @@ SAMPLE = 4  # images on which firing rates are set: more take minutes and change
 
 def case(B: int, threads: int, *more: str) -> str:
     """What a bar's case is called."""
-    return ", ".join((f"batch {B}", f"{threads} thread{'s' * (threads > 1)}", *more))
+    return ", ".join((f"batch {B}", on_threads(threads), *more))
 
 
 @cache
@@ -43,7 +45,7 @@ def firing_model(B: int, rates: str = "5 % / 15 %", **changes):
     model = atsnn.create_model("spikformer_4_384", num_classes=10, **changes).eval()
     if model.halting is not None:
         with torch.no_grad():
-            model.halting.beta.fill_(-60.0)  # scores are computed all the same
+            model.halting.beta.fill_(NEVER)  # scores are computed all the same
     images = patterns(B, 3, 32)
     set_firing_rates(model, images[:SAMPLE], *RATES[rates])
     return model, images

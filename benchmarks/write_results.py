@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bars import BARS
+import bars
+from bars import BARS, command
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 # Best first: what is written is of the best that was run, the others beside it.
@@ -52,8 +53,6 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def gpu_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of what the compiled Triton kernels take, of ``gpu_report.py --json``."""
-    from bars import row
-
     if not path.is_file():
         return []
     kernels = json.loads(path.read_text())["kernels"]
@@ -61,10 +60,10 @@ def gpu_rows(path: Path) -> list[dict[str, Any]]:
     for target, group in groupby(sorted(kernels, key=lambda k: k["target"]), lambda k: k["target"]):
         mine = list(group)
         case = f"{target}, {len(mine)} launches"
-        found.append(row("gpu_spills", case, sum(k["spills"] > 0 for k in mine)))
+        found.append(bars.row("gpu_spills", case, sum(k["spills"] > 0 for k in mine)))
         rows = [k for k in mine if not k["kernel"].startswith(NO_ROWS) and "f32" in k["form"]]
         narrow = {k["kernel"] for k in rows if max([*k["loads"], *k["stores"]]) < 128}
-        found.append(row("gpu_narrow", f"{target}, {len(rows)} launches", len(narrow)))
+        found.append(bars.row("gpu_narrow", f"{target}, {len(rows)} launches", len(narrow)))
     return found
 
 
@@ -98,7 +97,7 @@ def page(levels: dict[str, dict[str, Any]], gpu: list[dict[str, Any]]) -> str:
         good = sum(row["met"] for row in mine)
         parts.append(
             f"\n## {bar.work}\n\nBar {bar.text}: met by {good} of {len(mine)}. "
-            f"Alone: `{bar.command}`.\n"
+            f"Alone: `{command(name)}`.\n"
         )
         if good < len(mine) and bar.limits:
             parts.append(f"What limits it: {bar.limits}.\n")

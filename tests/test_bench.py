@@ -107,6 +107,20 @@ def test_a_checkpoint_at_given_shares(capsys, tmp_path):
     assert sum(map(sum, cost["cells"])) == pytest.approx(0.5 * 4 * 4 * 2 * 64, rel=0.05)
 
 
+def test_a_checkpoint_without_halting_at_given_shares(capsys, tmp_path):
+    path = tmp_path / "bench.json"
+    code, _, _ = run(capsys, "--checkpoint", "digits-dense", "--limit", "4", "--batch", "2",
+                     "--rounds", "2", "--halted", "0.5", "--json", str(path))  # fmt: skip
+    assert code == 0
+    found = json.loads(path.read_text())
+    (cost,) = found["patterns"].values()
+    assert sum(map(sum, cost["cells"])) == pytest.approx(0.5 * 4 * 4 * 2 * 64, rel=0.05)
+    assert found["accuracy"]["this model"]["cells"] == 1.0, "its own scores halt nothing"
+    for row in found["latency"]:
+        for scope in ("blocks", "model"):
+            assert row[scope]["on"]["rounds"] == found["rounds"] == 2
+
+
 def test_images_do_not_depend_on_their_number():
     from atsnn.data import patterns
 

@@ -185,3 +185,32 @@ def test_gate_names_what_differs(monkeypatch):
     model = from_pretrained("digits")
     images = data.load("digits", 32)["test"].images[:2]
     assert "bit for bit on 2 images" in bench.check_gate(model, images)[0]
+
+
+def test_interleaved_hands_out_what_timed_calls_returned(monkeypatch):
+    counts = {"short": 0, "long": 0}
+
+    def call(name):
+        counts[name] += 1
+        return counts[name]
+
+    def run():
+        counts.update(short=0, long=0)
+        taken = []
+        measure.interleaved(
+            {name: lambda name=name: call(name) for name in counts}, rounds=2, warmup=1,
+            least_seconds=0.0, taken=lambda *found: taken.append(found),
+        )  # fmt: skip
+        return taken
+
+    # One call of warm-up; in each turn one that warms and one that is timed.
+    assert run() == [("short", 3), ("long", 3), ("short", 5), ("long", 5)]
+    monkeypatch.setattr(measure, "LONG", 0.0)  # everything is long: nothing warms
+    assert run() == [("short", 2), ("long", 2), ("short", 3), ("long", 3)]
+
+
+def test_kept_bytes_counts_each_storage_once_and_no_parameters():
+    x, weight = torch.rand(8, 4, requires_grad=True), torch.rand(4, requires_grad=True)
+    assert measure.kept_bytes(lambda: (x * x).sum()) == x.nbytes
+    assert measure.kept_bytes(lambda: x * weight) == x.nbytes + weight.nbytes
+    assert measure.kept_bytes(lambda: x * weight, [weight]) == x.nbytes

@@ -12,6 +12,7 @@ import atsnn
 import atsnn.functional as F
 from atsnn.checks import InvalidValue
 from atsnn.compare import compare_executions
+from atsnn.measure import kept_bytes
 from atsnn.testing import exact_images, exact_model
 
 SAME = (
@@ -147,17 +148,12 @@ def test_memory_and_work_follow_the_cells():
     def saved(beta):
         with torch.no_grad():
             model.halting.beta.fill_(beta)
-        held = {}
-        own = {p.data_ptr() for p in model.parameters()}
-
-        def pack(t):
-            if t.data_ptr() not in own:
-                held[t.data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            trace = model.forward_tokens(tokens, return_trace=True)
-        return sum(held.values()), float(trace.active.float().mean())
+        traces = []
+        kept = kept_bytes(
+            lambda: traces.append(model.forward_tokens(tokens, return_trace=True)),
+            model.parameters(),
+        )
+        return kept, float(traces[0].active.float().mean())
 
     all_bytes, all_share = saved(-60.0)
     some_bytes, some_share = saved(0.0)

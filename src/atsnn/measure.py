@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,14 +13,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checks import check_integer
 from .ops import native_level
 
-__all__ = ["Timing", "interleaved", "machine", "realized_fraction", "threads", "version"]
+__all__ = [
+    "Timing",
+    "interleaved",
+    "kept_bytes",
+    "machine",
+    "realized_fraction",
+    "threads",
+    "version",
+]
 
 
 LONG = 0.5  # seconds
+
+
+def kept_bytes(function: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps of what ``function`` computes, for its backward.
+
+    Each storage counts once, those of ``parameters`` do not.
+    """
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    held = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # Held, so that no address comes twice.
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()  # the graph lives until the end
+    del result
+    return sum(storage.nbytes() for at, storage in held.items() if at not in own)
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,7 @@ def interleaved(
     warmup: int = 3,
     least_seconds: float = 2e-3,
     wait: Callable[[], object] | None = None,
+    taken: Callable[[str, Any], object] | None = None,
 ) -> dict[str, Timing]:
     """Time functions in turns (A B C A B C ...), so that a noisy neighbour meets them all.
 
@@ -74,6 +103,9 @@ def interleaved(
         A value is the mean of as many calls as take about this long.
     wait : callable, optional
         Called before a clock is read: ``torch.cuda.synchronize`` where work is queued for a GPU.
+    taken : callable, optional
+        Called once a turn, off the clock, with the name of the function and what its last timed
+        call returned.
     """
     wait = wait or (lambda: None)
     check_integer("interleaved", "rounds", rounds, at_least=1)
@@ -96,9 +128,11 @@ def interleaved(
             wait()
             start = time.perf_counter()
             for _ in range(calls[name]):
-                function()
+                result = function()
             wait()
             seconds[name].append((time.perf_counter() - start) / calls[name])
+            if taken is not None:
+                taken(name, result)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

@@ -19,7 +19,7 @@ from .overheads import TOKENS, measure_overheads
 from .page import page
 from .plots import Plot, bench_plots, growth_plots, overhead_plots, save
 from .run import bench, steps
-from .subject import Subject, of_checkpoint, of_config, read_config
+from .subject import RATES, Subject, of_checkpoint, of_config, read_config, with_changes
 from .tables import bench_sheets, growth_sheets, machine_line, overhead_sheets
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 BATCHES = {"bench": (1, 32), "overheads": (1, 4, 16), "growth": (1,)}
-RATES = (0.05, 0.15)
 UNTRAINED_HALTED = (0.2, 0.4, 0.6)
 Log = Callable[[str], None]
 
@@ -147,7 +146,11 @@ def _subject(args: argparse.Namespace) -> Subject:
             )
     if args.limit is not None:
         check_integer("bench", "--limit", args.limit, at_least=1)
-    return of_checkpoint(args.checkpoint, args.data, args.data_dir, args.limit)
+    subject = of_checkpoint(args.checkpoint, args.data, args.data_dir, args.limit)
+    if (args.halted or args.overheads) and subject.model.config.halting is None:
+        # A synthetic pattern needs a rule to go by; the model's own scores halt nothing.
+        subject.model = with_changes(subject.model, halting="rectangle")
+    return subject
 
 
 def _rates(args: argparse.Namespace) -> tuple[float, float]:
@@ -169,12 +172,12 @@ def _config(args: argparse.Namespace) -> SpikformerConfig:
 
 def _check_files(args: argparse.Namespace) -> None:
     """Before minutes of work: files of the right kind, in folders that can be made."""
-    kinds = {"plot": (".png", ".svg"), "html": (".html", ".htm"), "json": ("",)}
+    kinds = {"plot": (".png", ".svg"), "html": (".html", ".htm"), "json": None}
     for option, endings in kinds.items():
         path: Path | None = getattr(args, option)
         if path is None:
             continue
-        if endings != ("",) and path.suffix.lower() not in endings:
+        if endings and path.suffix.lower() not in endings:
             raise InvalidValue(f"bench: --{option} must end in {' or '.join(endings)}, got {path}")
         if path.is_dir():
             raise InvalidValue(f"bench: --{option} must be a file, got the folder {path}")

@@ -20,11 +20,11 @@ from torch import Tensor
 from .. import functional as F
 from ..checks import BackendError, InvalidValue, check_choice
 from ..engine import Engine
-from ..measure import interleaved, machine
+from ..measure import machine
 from ..nn.config import SpikformerConfig
 from .gate import engine_of
-from .halting import Pattern, Pieces
-from .subject import of_config
+from .halting import Pattern, Pieces, read_clocks
+from .subject import RATES, of_config
 
 __all__ = ["AXES", "Fit", "fit", "measure_growth", "peak_memory"]
 
@@ -83,7 +83,7 @@ def measure_growth(
     config: SpikformerConfig,
     axes: Sequence[str] = tuple(AXES),
     *,
-    rates: tuple[float, float] = (0.05, 0.15),
+    rates: tuple[float, float] = RATES,
     batch: int = 1,
     values: Mapping[str, Sequence[float]] = AXES,
     rounds: int = 11,
@@ -176,10 +176,10 @@ def _measure(
         peak_memory(partial(p.engine, p.images, scores=p.scores)) for p in points
     ]  # of the first call, in which the engine reserves what it needs
     clocks = [Pieces(p.engine, p.images, p.scores) for p in points]
-    work: dict[str, Callable[[], object]] = {str(i): c for i, c in enumerate(clocks)}
+    work: dict[str, Callable[[], object]] = {}
     if axis == "tokens":
-        work |= {f"{OPERATOR} {i}": _operator(p, rates[0]) for i, p in enumerate(points)}
-    times = interleaved(work, rounds=rounds)
+        work = {f"{OPERATOR} {i}": _operator(p, rates[0]) for i, p in enumerate(points)}
+    times = read_clocks({str(i): c for i, c in enumerate(clocks)}, rounds, work)
     rows: list[dict[str, Any]] = []
     for i, (p, clock) in enumerate(zip(points, clocks, strict=True)):
         parts = clock.parts
@@ -188,10 +188,10 @@ def _measure(
                    "attention": parts["attention"], "mlp": parts["mlp"]}  # fmt: skip
         if axis == "tokens":
             seconds[OPERATOR] = times[f"{OPERATOR} {i}"].median
-        cost = clock.trace.cost
+        cost = clock.traces[0].cost
         rows.append(
             {"at": p.at, "seconds": seconds, "spread": times[str(i)].spread,
-             "flops": cost.flops.total, "sops": cost.sops.total, "rows": sum(clock.trace.rows),
+             "flops": cost.flops.total, "sops": cost.sops.total, "rows": sum(clock.traces[0].rows),
              "peak_memory": memory[i], "image_size": p.config.image_size}
         )  # fmt: skip
     # Cells that ran stand for the share asked for, which a pattern meets nearly.

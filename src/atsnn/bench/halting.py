@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from ..schedule import scheduled, synthetic_depths, synthetic_scores
 from .gate import engine_of
 from .subject import Subject
 
-__all__ = ["BACKENDS", "OWN", "Pattern", "Pieces", "measure_batch", "patterns_of"]
+__all__ = ["BACKENDS", "OWN", "Pattern", "Pieces", "measure_batch", "patterns_of", "read_clocks"]
 
 BACKENDS = ("engine", "native", "reference")
 OWN = "its own scores"
@@ -70,36 +70,44 @@ def patterns_of(subject: Subject, halted: Sequence[float]) -> list[Pattern]:
 
 
 class Pieces:
-    """An engine's own clock, read at each call: seconds by part, medians over the calls."""
+    """An engine's own clock: seconds by part, medians over the timed turns."""
 
     def __init__(self, engine: Engine, images: Tensor, scores: Tensor | None) -> None:
         self.run = partial(engine.trace, images, scores=scores)
-        self.trace: EngineTrace
-        self._parts: list[dict[str, float]] = []
-        self._blocks: list[list[dict[str, float]]] = []
-
-    def __call__(self) -> None:
-        self.trace = self.run()
-        self._parts.append(dict(self.trace.seconds))
-        self._blocks.append(self.trace.block_seconds)
+        self.traces: list[EngineTrace] = []
 
     @property
     def parts(self) -> dict[str, float]:
-        return {k: statistics.median(p[k] for p in self._parts) for k in self._parts[0]}
+        calls = [dict(trace.seconds) for trace in self.traces]
+        return {k: statistics.median(call[k] for call in calls) for k in calls[0]}
 
     @property
     def blocks(self) -> list[dict[str, float]]:
         """The same for each block, halting and merging taken apart."""
         return [
             {k: statistics.median(b[k] for b in calls) for k in calls[0]}
-            for calls in zip(*self._blocks, strict=True)
+            for calls in zip(*(trace.block_seconds for trace in self.traces), strict=True)
         ]
 
     @property
     def timing(self) -> Timing:
-        """Of all blocks together, halting and merging included."""
-        outside = ("stem", "head")
-        return Timing(tuple(sum(v for k, v in p.items() if k not in outside) for p in self._parts))
+        """From the first block to the logits, as the modules are timed."""
+        return Timing(tuple(trace.seconds.total - trace.seconds.stem for trace in self.traces))
+
+
+def read_clocks(
+    clocks: Mapping[str, Pieces],
+    rounds: int,
+    work: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
+    """Time engines, whose clocks keep what they said, in turns with other ``work``."""
+
+    def taken(name: str, trace: Any) -> None:
+        if name in clocks:
+            clocks[name].traces.append(trace)
+
+    runs = {name: clock.run for name, clock in clocks.items()}
+    return interleaved({**(work or {}), **runs}, rounds=rounds, taken=taken)
 
 
 @torch.no_grad()
@@ -136,11 +144,10 @@ def measure_batch(
             for p, given in scores.items():
                 clocks[p.name] = Pieces(engines[1], images, given)
                 work[f"engine model {p.name}"] = partial(engines[1], images, scores=given)
-            work |= {f"engine clock {name}": clock for name, clock in clocks.items()}
         else:
             work |= dict(_modules(backend, plain, model, images, scores))
     log(f"batch {B}: timing")
-    times = interleaved(work, rounds=rounds)
+    times = read_clocks(clocks, rounds, work)
     for name, clock in clocks.items():
         times[f"engine blocks {name}"] = clock.timing
     latency = []

@@ -11,9 +11,9 @@ import torch
 
 from ..checks import BackendError, InvalidValue, check_integer
 from ..engine import PIECES, Engine
-from ..measure import interleaved, machine
+from ..measure import machine
 from .gate import check_gate, engine_of
-from .halting import Pattern, Pieces, measure_batch
+from .halting import Pattern, Pieces, measure_batch, read_clocks
 from .subject import Subject, resized, with_changes
 
 __all__ = ["OWN_PIECES", "TOKENS", "break_even", "measure_overheads"]
@@ -112,7 +112,7 @@ def _pieces(
         if not isinstance(engine, Engine):
             raise BackendError(f"bench: overheads are told by the engine's clock, but {engine}")
         clocks.append(Pieces(engine, images, given))
-    interleaved({"on": clocks[0], "off": clocks[1]}, rounds=rounds)
+    read_clocks({"on": clocks[0], "off": clocks[1]}, rounds)
     return clocks[0].blocks, clocks[1].blocks
 
 

@@ -21,8 +21,18 @@ from ..nn.config import MODELS, SpikformerConfig
 from ..nn.halting import Halting
 from ..nn.model import ATSpikformer, token_merges
 
-__all__ = ["Subject", "of_checkpoint", "of_config", "read_config", "resized", "with_changes"]
+__all__ = [
+    "RATES",
+    "Subject",
+    "of_checkpoint",
+    "of_config",
+    "read_config",
+    "resized",
+    "with_changes",
+]
 
+NEVER = -60.0  # a halting score of sigmoid(this) halts nothing
+RATES = (0.05, 0.15)  # of spikes, and of what goes into blocks
 FIRING_IMAGES = 4  # images on which firing rates are set
 
 
@@ -111,7 +121,7 @@ def read_config(name: str | Path, changes: Mapping[str, Any]) -> SpikformerConfi
 
 
 def of_config(
-    name: str, config: SpikformerConfig, rates: tuple[float, float] = (0.05, 0.15), seed: int = 0
+    name: str, config: SpikformerConfig, rates: tuple[float, float] = RATES, seed: int = 0
 ) -> Subject:
     """An untrained model whose layers fire at given rates (:func:`atsnn.firing.set_firing_rates`).
 
@@ -134,14 +144,14 @@ def of_config(
 
 def with_changes(model: ATSpikformer, **changes: Any) -> ATSpikformer:
     """``model`` in another configuration that its weights fit: other merging, or halting where it
-    did not halt. Weights are shared."""
+    did not halt, by scores at which nothing halts. Weights are shared."""
     twin = copy.copy(model)
     # A shallow copy shares the parameters; what is exchanged must not be exchanged there too.
     twin._modules = dict(model._modules)
     c = twin.config = model.config.replace(**changes)
     twin.merge = token_merges(c)
     if c.halting is not None and model.halting is None:
-        twin.halting = Halting(c.embed_dim, c.score, c.eps, c.halting, depth=c.depth, T=c.T)
+        twin.halting = Halting(c.embed_dim, c.score, c.eps, c.halting, beta=NEVER)
     return twin.eval()
 
 

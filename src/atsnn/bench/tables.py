@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
+from ..cost import Parts
 from ..sheets import Sheet, milliseconds, percent, quantity
 from .growth import MEMORY, OPERATOR, PARTS
-from .overheads import OWN_PIECES
+from .overheads import OWN_PIECES, SHARES
 
 __all__ = ["accuracy_sheet", "bench_sheets", "growth_sheets", "machine_line", "overhead_sheets"]
 
 NOISY = 0.3  # spread of a timing, over its median, that the reader is warned of
 SHORT = {"accumulators": "accum.", "matching": "match", "merging": "merge"}
-COST_PARTS = ("stem", "attention", "mlp", "halting", "merging", "head")
+COST_PARTS = tuple(part for part, _ in Parts())
 
 
 def machine_line(m: dict[str, Any]) -> str:
@@ -226,7 +227,7 @@ def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
     )  # fmt: skip
     even = Sheet(
         "From where on halting pays (no merging)",
-        ["batch", "backend", "nothing halted", *(f"{s}" for s in ("20 %", "40 %", "60 %")),
+        ["batch", "backend", "nothing halted", *(f"{100 * share:g} %" for share in SHARES[1:]),
          "break-even"],
         note="Time of the blocks over that with halting off, with that share of the cells halted, "
         "and the share of FLOPs saved from which it is below 1 (line of least squares).",
@@ -234,7 +235,7 @@ def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
     for row in result["break_even"]:
         times = [f"{t:.3f}" for t in row["times"]]
         share = row["break_even"]
-        even.add(str(row["batch"]), row["backend"], *times, *["-"] * (4 - len(times)),
+        even.add(str(row["batch"]), row["backend"], *times, *["-"] * (len(SHARES) - len(times)),
                  "never" if share is None else percent(share))  # fmt: skip
     return [*sheets, even]
 
