@@ -13,6 +13,7 @@ import torch
 import atsnn
 from atsnn import bench, cli
 from atsnn.bench import growth, halting, overheads, plots, subject, tables
+from atsnn.bench.page import page
 from atsnn.checks import InvalidValue
 from atsnn.sheets import Sheet, milliseconds, percent, quantity
 
@@ -242,6 +243,7 @@ def test_growth():
     assert [row["image_size"] for row in axes["tokens"]["points"]] == [8, 16, 32]
     assert axes["channels"]["fits"]["flops"]["exponent"] > 1.3
     active = axes["active"]
+    assert active["x"] == [row["rows"] for row in active["points"]], "of the cells that ran"
     assert active["x"][0] / active["x"][1] == pytest.approx(1 / 3, abs=0.05)
     sheets = tables.growth_sheets(found)
     assert len(sheets) == 7 and len(plots.growth_plots(found)) == 6
@@ -322,6 +324,34 @@ def test_svg_is_written(tmp_path, small):
     path = tmp_path / "plot.svg"
     plots.save(plots.bench_plots(result), path)
     assert path.read_text().count("<svg") == 1
+
+
+def test_tables_show_what_was_measured(small):
+    result = bench.bench(small, halted=[0.3], batches=[2], rounds=1)
+    sheets = {sheet.title.split(",")[0]: sheet for sheet in tables.bench_sheets(result)}
+    (cost,) = result["patterns"].values()
+    rows = {row[0]: row[1:] for row in sheets["Cost an image with halting on"].rows if row}
+    for part in ("stem", "attention", "mlp", "total"):
+        on, off = cost["flops"][part], cost["dense"]["flops"][part]
+        assert rows[part][:2] == [quantity(on / 2), percent(1 - on / off)]
+    assert rows["mlp"][1] != "0.0 %" and rows["stem"][1] == "0.0 %"
+    shown = [row for row in sheets["Latency"].rows if row]
+    for row, scope in zip(shown, ("blocks", "model") * 2, strict=True):
+        one = next(r for r in result["latency"] if r["backend"] == row[0])[scope]
+        assert row[1:4] == [scope, *(milliseconds(one[k]["median_s"]) for k in ("off", "on"))]
+        assert row[4:6] == [percent(one["latency_saved"]), percent(one["flops_saved"])]
+    parts = result["breakdown"]
+    assert [row["halted"] for row in parts] == ["off", "30 %"]
+    shown = {row[0]: row[1:] for row in sheets["Where the engine's time goes"].rows if row}
+    for part in ("stem", "attention", "mlp"):
+        off, on = (f"{1e3 * row['seconds'][part]:.2f}" for row in parts)
+        assert (shown[part][0], shown[part][2]) == (off, on)
+
+
+def test_page_takes_no_text_for_markup():
+    text = page("a <b>", ["c <d>"], [("e <f>", [], [])], {"g": "<h>"}, "atsnn <i>")
+    for letter in "bdfhi":
+        assert f"&lt;{letter}&gt;" in text and f"<{letter}>" not in text
 
 
 def test_sheets():

@@ -74,7 +74,7 @@ def _saved(now: float, dense: float) -> str:
 def _cost_sheet(cost: dict[str, Any], images: int) -> Sheet:
     dense = cost["dense"]
     sheet = Sheet(
-        f"Cost an image, counted over {images} image{'s' * (images > 1)}",
+        f"Cost an image with halting on, counted over {images} image{'s' * (images > 1)}",
         ["part", "FLOPs", "saved", "SOPs", "saved", "energy", "saved"],
     )
     for part in (*COST_PARTS, "total"):
