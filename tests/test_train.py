@@ -11,7 +11,10 @@ import torch
 import atsnn
 from atsnn import data
 from atsnn.checks import CheckpointError, InvalidValue
-from atsnn.train import STATE, TrainConfig, evaluate, train, training_loss
+from atsnn.train import TrainConfig, evaluate, train, training_loss
+from atsnn.train.loss import executed_share
+from atsnn.train.optimizer import optimizer_of
+from atsnn.train.state import STATE
 
 MODEL = atsnn.SpikformerConfig(
     image_size=8, in_channels=1, embed_dim=16, depth=2, num_heads=2, T=2, halting="rectangle"
@@ -91,7 +94,8 @@ def test_it_learns(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     for _ in range(120):
         trace = model(split.images[:64], return_trace=True)
-        loss, share = training_loss(trace, split.labels[:64], config, halts=True)
+        share = float(executed_share(trace))
+        loss = training_loss(trace, split.labels[:64], config, share)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,22 +108,25 @@ def test_the_budget_pulls_towards_its_target():
     model = atsnn.ATSpikformer(MODEL)
     trace = model(torch.rand(8, 1, 8, 8), return_trace=True)
     labels = torch.zeros(8, dtype=torch.int64)
-    plain = training_loss(trace, labels, CONFIG, halts=False)[0]
     share = float(trace.active.double().mean())
+    off = dataclasses.replace(CONFIG, model=MODEL.replace(halting=None))
+    plain = training_loss(trace, labels, off, share)
     for target, weight in ((0.5, 1.0), (1.0, 1.0), (0.7, 0.25)):
         config = dataclasses.replace(CONFIG, target=target, ponder_weight=weight)
-        loss, got = training_loss(trace, labels, config, halts=True)
-        assert got == share
+        assert float(executed_share(trace)) == share
+        loss = training_loss(trace, labels, config, share)
         torch.testing.assert_close(loss - plain, weight * (share - target) * trace.ponder_loss)
     fixed = dataclasses.replace(CONFIG, target=None, ponder_weight=0.1)
-    loss, _ = training_loss(trace, labels, fixed, halts=True)
+    loss = training_loss(trace, labels, fixed, share)
     torch.testing.assert_close(loss - plain, 0.1 * trace.ponder_loss)
+    rising = dataclasses.replace(fixed, ponder_warmup=0.4)
+    for progress, weight in ((0.0, 0.0), (0.1, 0.025), (0.4, 0.1), (0.9, 0.1)):
+        loss = training_loss(trace, labels, rising, share, progress)
+        torch.testing.assert_close(loss - plain, weight * trace.ponder_loss)
 
 
 def test_alpha_and_beta_learn_ten_times_as_fast_without_decay():
-    from atsnn.train import _optimizer
-
-    slow, fast = _optimizer(atsnn.ATSpikformer(MODEL), CONFIG).param_groups
+    slow, fast = optimizer_of(atsnn.ATSpikformer(MODEL), CONFIG).param_groups
     assert fast["lr"] == 10 * slow["lr"] and fast["weight_decay"] == 0 and len(fast["params"]) == 2
 
 
@@ -127,7 +134,7 @@ def test_the_linear_score_joins_after_half_the_run(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, model=MODEL.replace(score="linear"), limit=64)
     states = []
     monkeypatch.setattr(
-        "atsnn.train.evaluate",
+        "atsnn.train.loop.evaluate",
         lambda m, s, f=evaluate: states.append(m.halting.weight.clone()) or f(m, s),
     )
     train(config, tmp_path)
@@ -165,7 +172,7 @@ def test_the_shipped_models_keep_what_is_promised():
 
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(InvalidValue, match="data must be one of 'digits'"):
-        dataclasses.replace(CONFIG, data="mnist")
+        dataclasses.replace(CONFIG, data="nist")
     with pytest.raises(InvalidValue, match=r"target must be a number >= 0.5 and <= 1, got 0.3"):
         dataclasses.replace(CONFIG, target=0.3)
     with pytest.raises(InvalidValue, match="epochs must be a number >= 1, got 0"):

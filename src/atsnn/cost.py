@@ -153,8 +153,9 @@ def cost_of_trace(config: SpikformerConfig, trace: Trace, still: bool = True) ->
         # Score (for "first": product, sum, sigmoid), accumulator and weight; weighted readout.
         per_score = {"first": 4, "mean": C + 4, "linear": 7 * C + 4, "constant": 3}[config.score]
         found._layer("halting", ran * ((per_score + 4) / 2 + C), None, ran * C, 0)
-    classes = config.num_classes
-    found._layer("head", B * C * classes, None, B * (C + classes), C * classes)
+    outputs = config.outputs
+    read = B * (config.grid**2 if config.task == "pixels" else 1)
+    found._layer("head", read * C * outputs, None, read * (C + outputs), C * outputs)
     return found
 
 

@@ -388,8 +388,8 @@ def freeze(model: ATSpikformer) -> Engine:
     Raises
     ------
     InvalidValue
-        If the model is in training mode, holds values that are not finite, or is larger than the
-        engine's integers.
+        If the model is in training mode, holds values that are not finite, gives the classes of
+        pixels, or is larger than the engine's integers.
     InvalidType
         If a layer is of a kind the engine does not know.
     BackendError
@@ -404,6 +404,10 @@ def freeze(model: ATSpikformer) -> Engine:
         )
     _check_model(model)
     c = model.config
+    if c.task != "classes":
+        raise InvalidValue(
+            f"{op}: the engine gives the class of an image, task='classes'; got task={c.task!r}"
+        )
     limit = None if c.merge_threshold is None else math.copysign(
         c.merge_threshold**2, c.merge_threshold
     )  # fmt: skip

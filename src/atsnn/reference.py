@@ -445,10 +445,20 @@ def readout_block(x: Tensor, w: Tensor, sizes: Tensor | None = None) -> Tensor:
     return torch.einsum("tbn,tbnc->bc", w, x.double())
 
 
+def readout_tokens(x: Tensor, w: Tensor, source: Tensor) -> Tensor:
+    """What one block gives to the readout of each original token, ``[B, N, C]`` float64.
+
+    ``sum_t w * x`` of the token that holds it: ``x [T, B, N, C]``, ``w [T, B, N]``, ``source
+    [B, N]``. Summed over the original tokens it is :func:`readout_block` with their sizes.
+    """
+    total = torch.einsum("tbn,tbnc->bnc", w.double(), x.double())
+    return unmerge_tokens(total[None], source)[0]
+
+
 def readout(total: Tensor, cells: Tensor | float) -> Tensor:
     """The mean over timesteps and original tokens, rounded once to float32.
 
-    ``total [B, C]`` float64 is the sum of :func:`readout_block` over the blocks, ``cells`` the
+    ``total [..., C]`` float64 is the sum of :func:`readout_block` over the blocks, ``cells`` the
     number of (timestep, original token) pairs it stands for, or ``[B]`` of them.
     """
     # A tensor: on a GPU PyTorch would multiply by the reciprocal of a number.

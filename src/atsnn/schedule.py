@@ -1,21 +1,33 @@
-"""Synthetic halting: a chosen share of cells, for measuring what halting saves without training.
+"""Halting by a rule instead of learned scores.
 
-The patterns have the method's nesting: a cell that runs runs in every earlier block, and at every
-earlier timestep of its block.
+Synthetic patterns measure what a share of halted cells saves without training; policies are what
+learned halting is compared with: one schedule for all tokens, tokens picked at random, or those
+that fire most. All have the method's nesting: a cell that runs runs in every earlier block, and at
+every earlier timestep of its block.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .checks import InvalidValue, check_integer, check_number, check_shape, check_tensor
+from .checks import (
+    InvalidType,
+    InvalidValue,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+)
+from .nn.config import SpikformerConfig
 from .nn.execution import PackedRun
 from .nn.model import ATSpikformer
 
-__all__ = ["scheduled", "synthetic_depths", "synthetic_scores"]
+__all__ = ["check_policy", "directed", "scheduled", "synthetic_depths", "synthetic_scores"]
 
 
 def synthetic_depths(L: int, T: int, B: int, N: int, share: float, seed: int = 0) -> Tensor:
@@ -75,28 +87,159 @@ def synthetic_scores(depths: Tensor, L: int) -> Tensor:
     return (blocks == depths).to(torch.float32)
 
 
-class _Scheduled(ATSpikformer):
-    """A model whose tokens stop where they are told; its own scores are computed all the same."""
+# Scores [T, B, N] after a block, given its number from 0 and the pass.
+Policy = Callable[[int, PackedRun], Tensor]
 
-    schedule: Tensor
+
+class _Directed(ATSpikformer):
+    """A model whose tokens stop where a rule says."""
+
+    policy: Policy
+    learns: bool
 
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
+        given = run.layout.pack(self.policy(number, run))
+        if not self.learns:
+            return given
+        # Its own scores are computed all the same and get the gradient, so that a training step
+        # costs what it costs.
         own = super()._scores(number, run)
-        given = run.layout.pack(self.schedule[number])
-        # The gradient goes to the own score, so that training costs what it costs.
         return given if own is None else own + (given - own).detach()
+
+
+def _direct(op: str, model: ATSpikformer, policy: Policy, learns: bool) -> ATSpikformer:
+    if not isinstance(model, ATSpikformer):
+        raise InvalidType(f"{op}: model must be an ATSpikformer, got {type(model).__name__}")
+    _check_accumulator(op, model.config)
+    twin = copy.copy(model)
+    twin.__class__ = _Directed
+    assert isinstance(twin, _Directed)
+    twin.policy, twin.learns = policy, learns
+    return twin
+
+
+def _check_accumulator(op: str, config: SpikformerConfig) -> None:
+    if config.halting not in ("rectangle", "depth"):
+        raise InvalidValue(
+            f"{op}: the model must halt by 'rectangle' or 'depth', got {config.halting!r}"
+        )
 
 
 def scheduled(model: ATSpikformer, scores: Tensor) -> ATSpikformer:
     """``model`` with its halting scores replaced by ``scores [L, T, B, N]``; weights are shared."""
-    c = model.config
-    if c.halting not in ("rectangle", "depth"):
+    shape = {"L": model.config.depth, "T": None, "B": None, "N": None}
+    check_shape("scheduled", "scores", scores, **shape)
+    return _direct("scheduled", model, lambda number, run: scores[number], learns=True)
+
+
+# -- policies -------------------------------------------------------------------------------------
+
+
+def directed(model: ATSpikformer, policy: str) -> ATSpikformer:
+    """``model`` with its tokens halted by a rule; weights are shared.
+
+    Parameters
+    ----------
+    model : ATSpikformer
+        Which halts by ``"rectangle"`` or ``"depth"``; its scores are not used.
+    policy : str
+        ``"static:D1,D2,..."``
+            Every token runs ``D_t`` blocks at timestep ``t``, as many numbers as timesteps, none
+            larger than the one before it.
+        ``"random:SHARE"``
+            Tokens stop at random depths (:func:`synthetic_depths`), so that ``SHARE`` of the cells
+            run; others in every call of a model in training, the same ones in evaluation.
+        ``"top:S1,S2,..."``
+            After block ``l`` the share ``S_l`` of an image's tokens goes on, those with the most
+            spikes in the residual stream over all timesteps (ties by the lower index), as
+            TP-Spikformer prunes; ``depth - 1`` shares, none larger than the one before it.
+    """
+    check_policy("directed", policy, model.config)
+    return _direct("directed", model, _policy("directed", policy, model), learns=False)
+
+
+def check_policy(op: str, policy: str, config: SpikformerConfig) -> None:
+    """Refuse a policy that is none, or none of this configuration's."""
+    _check_accumulator(op, config)
+    kind, values = _parsed(op, policy)
+    count = {"static": config.T, "random": 1, "top": config.depth - 1}[kind]
+    low, high = (1, config.depth) if kind == "static" else (0.0, 1.0)
+    if kind == "random":
+        low = 1 / config.depth
+    if len(values) != count or not all(low <= value <= high for value in values):
         raise InvalidValue(
-            f"scheduled: the model must halt by 'rectangle' or 'depth', got {c.halting!r}"
+            f"{op}: policy {kind!r} expects {count} numbers in {low:.3g} .. {high:.3g}, "
+            f"got {policy!r}"
         )
-    check_shape("scheduled", "scores", scores, L=c.depth, T=None, B=None, N=None)
-    twin = copy.copy(model)
-    twin.__class__ = _Scheduled
-    assert isinstance(twin, _Scheduled)
-    twin.schedule = scores
-    return twin
+    if any(after > before for before, after in pairwise(values)):
+        raise InvalidValue(
+            f"{op}: policy {kind!r} expects numbers that do not rise, got {policy!r}"
+        )
+
+
+def _parsed(op: str, policy: str) -> tuple[str, list[float]]:
+    if not isinstance(policy, str):
+        raise InvalidType(f"{op}: policy must be a string, got {type(policy).__name__}")
+    kind, _, rest = policy.partition(":")
+    try:
+        if kind not in ("static", "random", "top"):
+            raise ValueError
+        return kind, [int(v) if kind == "static" else float(v) for v in rest.split(",") if v]
+    except ValueError:
+        raise InvalidValue(
+            f"{op}: policy must be static:D1,D2,..., random:SHARE or top:S1,S2,..., got {policy!r}"
+        ) from None
+
+
+def _policy(op: str, policy: str, model: ATSpikformer) -> Policy:
+    kind, values = _parsed(op, policy)
+    if kind == "static":
+        return _Static(torch.tensor(values))
+    if kind == "random":
+        return _Random(values[0])
+    return _Top(values)
+
+
+class _Static:
+    def __init__(self, depths: Tensor) -> None:
+        self.depths = depths
+
+    def __call__(self, number: int, run: PackedRun) -> Tensor:
+        stops = (self.depths == number + 1).to(run.x)
+        _, B, N = run.layout.mask.shape
+        return stops.view(-1, 1, 1).expand(-1, B, N)
+
+
+class _Random:
+    """Depths are drawn at the first block of a call; generators follow the caller's seed."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.scores = torch.empty(0)
+
+    def __call__(self, number: int, run: PackedRun) -> Tensor:
+        T, B, N = run.layout.mask.shape
+        L = run.config.depth
+        if number == 0:
+            seed = int(torch.randint(2**31, ())) if torch.is_grad_enabled() else 0
+            self.scores = synthetic_scores(synthetic_depths(L, T, B, N, self.share, seed), L)
+        return self.scores[number].to(run.x)
+
+
+class _Top:
+    def __init__(self, shares: list[float]) -> None:
+        self.shares = shares
+
+    def __call__(self, number: int, run: PackedRun) -> Tensor:
+        mask = run.layout.mask
+        _, _, N = mask.shape
+        if number == len(self.shares):
+            return torch.zeros_like(mask, dtype=run.x.dtype)
+        x = run.x.detach()
+        spikes = (run.layout.unpack(x) if run.packed else x).sum((0, 3))
+        # Those that stopped before come last.
+        spikes = spikes.masked_fill(~mask.any(0), -1)
+        order = spikes.argsort(dim=1, descending=True, stable=True)
+        stops = torch.zeros_like(spikes)
+        stops.scatter_(1, order[:, round(self.shares[number] * N) :], 1.0)
+        return stops.expand(mask.shape)

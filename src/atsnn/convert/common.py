@@ -14,7 +14,16 @@ from ..nn.config import SpikformerConfig
 from ..nn.model import ATSpikformer
 
 # What the tensors say; another value would be another network.
-FIXED = ("embed_dim", "depth", "in_channels", "num_classes", "mlp_ratio", "bias", "attention")
+FIXED = (
+    "embed_dim",
+    "depth",
+    "in_channels",
+    "num_classes",
+    "mlp_ratio",
+    "bias",
+    "attention",
+    "task",
+)
 
 COUNTER = "num_batches_tracked"  # of a BatchNorm, the one tensor of integers
 
@@ -31,6 +40,10 @@ def check_plain(op: str, model: ATSpikformer, drop_halting: bool) -> None:
     if config.attention != "ssa":
         raise InvalidValue(
             f"{op}: expected Spikformer's attention 'ssa', got attention={config.attention!r}"
+        )
+    if config.task != "classes":
+        raise InvalidValue(
+            f"{op}: expected a model of an image's class, task='classes', got task={config.task!r}"
         )
     if config.adaptive and not drop_halting:
         raise InvalidValue(

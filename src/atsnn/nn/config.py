@@ -19,6 +19,7 @@ from ..reference import ACCUMULATORS, MATCHES, READOUTS, SCORES, SURROGATES
 STEMS = {"cifar": 4, "imagenet": 16}  # name: pixels a token is wide
 POOLS = ("after_lif", "before_lif")
 ATTENTIONS = ("ssa", "sdsa")
+TASKS = ("classes", "pixels")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class SpikformerConfig:
         How partners are found; ``random`` is a control.
     merge_sizes : bool
         Whether merged tokens weigh by their size in the attention.
+    task : {"classes", "pixels"}
+        Whether the head gives the class of an image or of each of its pixels.
     """
 
     image_size: int = 32
@@ -93,6 +96,7 @@ class SpikformerConfig:
     merge_threshold: float | None = None
     merge_match: str = "similar"
     merge_sizes: bool = True
+    task: str = "classes"
 
     def __post_init__(self) -> None:
         op = "SpikformerConfig"
@@ -107,7 +111,7 @@ class SpikformerConfig:
             )
         for name, values in (
             ("stem", STEMS), ("pool", POOLS), ("attention", ATTENTIONS), ("readout", READOUTS),
-            ("score", SCORES), ("merge_match", MATCHES), ("surrogate", SURROGATES),
+            ("score", SCORES), ("merge_match", MATCHES), ("surrogate", SURROGATES), ("task", TASKS),
             ("halting", (None, *ACCUMULATORS)), ("bias", (True, False)),
             ("merge_sizes", (True, False)),
         ):  # fmt: skip
@@ -172,6 +176,11 @@ class SpikformerConfig:
     def grid(self) -> int:
         """Tokens along a side of the image."""
         return self.image_size // self.patch
+
+    @property
+    def outputs(self) -> int:
+        """Numbers the head gives: an image's classes, or those of a token's pixels."""
+        return self.num_classes * (self.patch**2 if self.task == "pixels" else 1)
 
     @property
     def merges(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from .. import functional as F
 from .. import ops
 from ..checks import certain
 from ..layout import TokenLayout
-from ..reference import SCORE_BITS, MergePlan, merged_sizes, ponder_block
+from ..reference import SCORE_BITS, MergePlan, merged_sizes, ponder_block, readout_tokens
 from .blocks import Context, Record
 from .config import SpikformerConfig
 
@@ -46,7 +46,7 @@ class PackedRun:
     sizes, source : Tensor
         ``[B, N]``: original tokens each token stands for; the token that holds each of them.
     features : Tensor
-        ``[B, C]`` float64, the readout so far.
+        ``[B, C]`` float64, the readout so far; ``[B, N, C]`` where it is that of each token.
     kept : Kept, optional
         For a trace.
     """
@@ -63,7 +63,8 @@ class PackedRun:
         self.steps = self.layout.active_steps
         self.x = self._take_in(x)
         self.H = x.new_zeros(self.layout.num_rows, dtype=torch.float32)
-        self.features = x.new_zeros((B, C), dtype=torch.float64)
+        shape = (B, N, C) if config.task == "pixels" else (B, C)
+        self.features = x.new_zeros(shape, dtype=torch.float64)
         self.ponder = x.new_zeros((), dtype=torch.float64)
         self.depth = torch.zeros((T, B, N), dtype=torch.int64, device=x.device)
         self.kept = Kept() if trace else None
@@ -91,7 +92,7 @@ class PackedRun:
         )
         if c.halting is not None or final:  # otherwise all weights are zero until the last block
             used = last.to(w.dtype) if c.readout == "last" else w
-            self.features = self.features + self._read(used, self.sizes if c.merging else None)
+            self.features = self.features + self._read(used)
         if self.kept is not None:
             h, w, last = (self.layout.unpack(values) for values in (h, w, last))
             active = self.layout.mask
@@ -134,7 +135,16 @@ class PackedRun:
         """``[B, N, C]``: spikes of the keys over the timesteps."""
         return F.firing_counts(keys, layout=self.layout)
 
-    def _read(self, w: Tensor, sizes: Tensor | None) -> Tensor:
+    def _read(self, w: Tensor) -> Tensor:
+        """What the block gives to the readout, with weights ``w [R]``."""
+        if self.config.task == "pixels":
+            return readout_tokens(self._dense(), self.layout.unpack(w), self.source)
+        return self._read_all(w, self.sizes if self.config.merging else None)
+
+    def _dense(self) -> Tensor:
+        return self.layout.unpack(self.x)
+
+    def _read_all(self, w: Tensor, sizes: Tensor | None) -> Tensor:
         return F.readout(self.x, w, sizes=sizes, layout=self.layout)
 
     def _take(self, rows: Tensor) -> None:
@@ -174,7 +184,10 @@ class MaskedRun(PackedRun):
     def firing_counts(self, keys: Tensor) -> Tensor:
         return F.firing_counts(keys)
 
-    def _read(self, w: Tensor, sizes: Tensor | None) -> Tensor:
+    def _dense(self) -> Tensor:
+        return self.x
+
+    def _read_all(self, w: Tensor, sizes: Tensor | None) -> Tensor:
         return F.readout(self.x, self.layout.unpack(w), sizes=sizes)
 
     def _take(self, rows: Tensor) -> None:

@@ -85,7 +85,7 @@ class ATSpikformer(nn.Module):
                 )
             mlp = MLP(dim, int(dim * config.mlp_ratio), **common)
             self.block.append(SpikformerBlock(attention, mlp))
-        self.head = Head(dim, config.num_classes)
+        self.head = Head(dim, config.outputs)
         self.halting: Halting | None = None
         if config.halting is not None:
             self.halting = Halting(
@@ -112,6 +112,10 @@ class ATSpikformer(nn.Module):
             raise InvalidValue(
                 f"{op}: execution='padded' runs all timesteps of a block at once, "
                 "got halting='sequential'"
+            )
+        if value == "padded" and self.config.task == "pixels":
+            raise InvalidValue(
+                f"{op}: execution='padded' gives the class of an image, got task='pixels'"
             )
         self._execution = value
 
@@ -157,7 +161,7 @@ class ATSpikformer(nn.Module):
         Returns
         -------
         Tensor or Trace
-            ``[B, num_classes]`` logits.
+            ``[B, num_classes]`` logits; ``[B, num_classes, H, W]`` with ``task="pixels"``.
         """
         rates = FiringRates() if return_trace and firing_rates else None
         return self.forward_tokens(self.embed(x, rates), return_trace, rates)
@@ -215,7 +219,7 @@ class ATSpikformer(nn.Module):
                     counts = run.firing_counts(keys)
                     plan = self.merge[number].plan(counts, run.steps)
                 run.advance(plan)
-        logits = self.head(readout(run.features, max(T * N, 1)))
+        logits = self.classify(run.features, T, N)
         if run.kept is None:
             return logits
         kept = run.kept
@@ -225,6 +229,16 @@ class ATSpikformer(nn.Module):
             torch.stack(kept.weights), run.sizes, torch.stack(kept.sizes), run.source,
             {} if rates is None else rates.rates(),
         )  # fmt: skip
+
+    def classify(self, features: Tensor, T: int, N: int) -> Tensor:
+        """Logits from the readout summed over ``T`` timesteps and, of an image, ``N`` tokens."""
+        c = self.config
+        if c.task == "classes":
+            return self.head(readout(features, max(T * N, 1)))
+        # Each token gives the classes of its patch's pixels.
+        tokens = self.head(readout(features, max(T, 1))).transpose(1, 2)
+        maps = tokens.unflatten(2, (c.grid, c.grid))
+        return nn.functional.pixel_shuffle(maps, c.patch)
 
     def _check_padded(self, x: Tensor, return_trace: bool) -> None:
         op = "ATSpikformer"

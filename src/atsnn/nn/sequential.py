@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..checks import certain
 from ..layout import TokenLayout
-from ..reference import active_cells, halting_weights, ponder_block, readout
+from ..reference import active_cells, halting_weights, ponder_block
 from .blocks import Context
 from .trace import FiringRates, Trace
 
@@ -72,7 +72,10 @@ def run_sequential(
     depth = ran.sum(0)
     timesteps = (depth > 0).sum(0).clamp(min=1)
     per_token = features.view(B, N, C) / timesteps.double().unsqueeze(-1)
-    logits = model.head(readout(per_token.sum(1), max(N, 1)))
+    if c.task == "pixels":
+        logits = model.classify(per_token, 1, N)
+    else:
+        logits = model.classify(per_token.sum(1), 1, N)
     if not return_trace:
         return logits
     sizes = x.new_ones((B, N), dtype=torch.float32)

@@ -17,7 +17,7 @@ class Trace:
     Attributes
     ----------
     logits : Tensor
-        ``[B, num_classes]``.
+        ``[B, num_classes]``; ``[B, num_classes, H, W]`` with ``task="pixels"``.
     active : Tensor
         ``[L, T, B, N]`` bool, the executed cells; a merged-away token is not active.
     depth : Tensor
