@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from operator import attrgetter
@@ -12,6 +13,9 @@ from typing import Any
 
 from . import __version__
 from .checks import AtsnnError, InvalidValue, require
+from .data import DATASETS
+from .sweep.command import add_options as add_sweep_options
+from .train.command import add_options as add_train_options
 
 GOOD, FAILED, WRONG_USE = 0, 1, 2
 
@@ -86,7 +90,28 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train an AT-Spikformer on images")
     _train_options(train)
     _json_option(train)
+
+    sweep = command(
+        "sweep", _sweep,
+        "train or run a model in many ways: one table, one plot of accuracy against cost",
+    )  # fmt: skip
+    add_sweep_options(sweep)
+    _json_option(sweep)
     return parser
+
+
+def _train_options(sub: argparse.ArgumentParser) -> None:
+    add_train_options(sub)
+    sub.add_argument("--out", type=Path, help="folder for the checkpoint (default: runs/DATA)")
+    sub.add_argument(
+        "--resume", action="store_true",
+        help="continue a run that was cut off, with all its settings given again",
+    )  # fmt: skip
+    sub.add_argument(
+        "--save-every", type=float, default=300.0, metavar="SECONDS",
+        help="write what resuming needs this often, and after every epoch",
+    )  # fmt: skip
+    sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
 
 
 def _bench_options(bench: argparse.ArgumentParser) -> None:
@@ -151,57 +176,12 @@ def _model_options(sub: argparse.ArgumentParser) -> None:
         "--checkpoint", default="digits",
         help="packaged name (digits, digits-dense, digits-constant), folder or hub id",
     )  # fmt: skip
-    sub.add_argument("--data", default="digits", help="data set: digits, fashion-mnist")
+    sub.add_argument("--data", default="digits", help=f"data set: {', '.join(DATASETS)}")
     sub.add_argument("--data-dir", help="folder with the files of the data set")
 
 
 def _json_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE too")
-
-
-def _train_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--data", default="digits", help="data set: digits, fashion-mnist")
-    sub.add_argument("--data-dir", help="folder with the files of the data set")
-    sub.add_argument("--out", type=Path, help="folder for the checkpoint (default: runs/DATA)")
-    sub.add_argument(
-        "--resume", action="store_true",
-        help="continue a run that was cut off, with all its settings given again",
-    )  # fmt: skip
-    sub.add_argument("--epochs", type=int, default=20, help="passes over the images")
-    sub.add_argument("--batch-size", type=int, default=64, help="images a step")
-    sub.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
-    sub.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW")
-    sub.add_argument("--shift", type=int, default=2, help="random shift of the images in pixels")
-    sub.add_argument("--limit", type=int, help="train on the first LIMIT images only")
-    sub.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    sub.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
-    model = sub.add_argument_group("model")
-    model.add_argument("--image-size", type=int, default=32, help="images are resized to this")
-    model.add_argument("--embed-dim", type=int, default=64, help="channels of a token")
-    model.add_argument("--depth", type=int, default=4, help="blocks")
-    model.add_argument("--heads", type=int, default=4, help="attention heads")
-    model.add_argument("--timesteps", type=int, default=4, help="timesteps T")
-    halting = sub.add_argument_group("halting and merging")
-    halting.add_argument(
-        "--halting",
-        default="rectangle",
-        choices=("rectangle", "depth", "sequential", "none"),
-        help="how halting scores accumulate",
-    )
-    halting.add_argument(
-        "--score",
-        default="first",
-        choices=("first", "mean", "linear", "constant"),
-        help="what the halting score is computed from",
-    )
-    halting.add_argument(
-        "--target", type=float, default=0.6, help="share of cells to execute, the budget"
-    )
-    halting.add_argument("--ponder-weight", type=float, default=1.0, help="of the ponder loss")
-    halting.add_argument(
-        "--no-budget", action="store_true", help="weigh the ponder loss alone, without a target"
-    )
-    halting.add_argument("--merge-r", type=int, default=0, help="pairs to merge at each boundary")
 
 
 # -- helpers --------------------------------------------------------------------------------------
@@ -227,16 +207,20 @@ def _write_json(path: Path | None, result: dict[str, Any]) -> None:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The checkpoint and the test images it is asked to run on."""
     from . import data
-    from .checkpoint import from_pretrained
+    from .checkpoint import from_pretrained, read_config
     from .checks import check_integer
+    from .schedule import directed
 
     model = from_pretrained(args.checkpoint)
+    policy = read_config(args.checkpoint).get("extra", {}).get("policy")
+    if policy is not None:  # it was trained to halt by this rule
+        model = directed(model, policy)
     split = data.load(args.data, model.config.image_size, args.data_dir)["test"]
     limit = getattr(args, "limit", None)
     if limit is not None:
         check_integer(args.command, "--limit", limit, at_least=1)
-        split = data.Split(split.images[:limit], split.labels[:limit])
-    channels = split.images.shape[1]
+        split = split[:limit]
+    channels = split.pixels.shape[1]
     if channels != model.config.in_channels:
         raise InvalidValue(
             f"{args.command}: {args.checkpoint} expects images with {model.config.in_channels} "
@@ -334,7 +318,6 @@ def _check_kernel(args: argparse.Namespace) -> int:
 def _function(path: str) -> Any:
     """The function that ``package.module:function`` names, looked for here too."""
     import importlib
-    import os
 
     name, _, attribute = path.partition(":")
     if not name or not attribute:
@@ -402,36 +385,37 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from . import data, measure
-    from .checks import check_choice
-    from .nn.config import SpikformerConfig
-    from .train import TrainConfig, train
+    from . import measure
+    from .train import train
+    from .train.command import config_of
 
-    check_choice("train", "--data", args.data, data.DATASETS)
     console = _console()
-    config = TrainConfig(
-        SpikformerConfig(
-            image_size=args.image_size, in_channels=1, num_classes=10, embed_dim=args.embed_dim,
-            depth=args.depth, num_heads=args.heads, T=args.timesteps,
-            halting=None if args.halting == "none" else args.halting, score=args.score,
-            merge_r=args.merge_r,
-        ),
-        data=args.data, data_dir=args.data_dir, epochs=args.epochs, batch_size=args.batch_size,
-        lr=args.lr, weight_decay=args.weight_decay, shift=args.shift, limit=args.limit,
-        seed=args.seed, target=None if args.no_budget else args.target,
-        ponder_weight=args.ponder_weight,
-    )  # fmt: skip
+    config = config_of(args)
     folder = args.out or Path("runs") / args.data
     with measure.threads(args.threads):
         _, found = train(
-            config, folder, resume=args.resume, progress=sys.stderr.isatty(),
-            log=console.print,
+            config, folder, resume=args.resume, save_every=args.save_every,
+            tensorboard=args.tensorboard, progress=sys.stderr.isatty(), log=console.print,
         )  # fmt: skip
+    if int(os.environ.get("RANK", "0")):
+        return GOOD  # of several processes the first one tells
+    name = "validation" if config.validation else "test"
     _write_json(args.json, found.to_dict() | {"checkpoint": str(folder), "data": args.data})
     console.print(
-        f"test accuracy {found.accuracy:.2%}, {found.cells:.1%} of cells executed; "
+        f"{name} accuracy {found.accuracy:.2%}, {found.cells:.1%} of cells executed; "
         f"checkpoint in {folder}"
     )
+    return GOOD
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from . import measure
+    from .sweep.command import run
+
+    console = _console()
+    with measure.threads(args.threads):
+        result = run(args, console)
+    _write_json(args.json, result)
     return GOOD
 
 

@@ -27,7 +27,14 @@ from .nn.config import SpikformerConfig
 from .nn.execution import PackedRun
 from .nn.model import ATSpikformer
 
-__all__ = ["check_policy", "directed", "scheduled", "synthetic_depths", "synthetic_scores"]
+__all__ = [
+    "check_policy",
+    "directed",
+    "is_directed",
+    "scheduled",
+    "synthetic_depths",
+    "synthetic_scores",
+]
 
 
 def synthetic_depths(L: int, T: int, B: int, N: int, share: float, seed: int = 0) -> Tensor:
@@ -97,6 +104,11 @@ class _Directed(ATSpikformer):
     policy: Policy
     learns: bool
 
+    def without_halting(self) -> ATSpikformer:
+        plain = super().without_halting()
+        plain.__class__ = ATSpikformer  # no rule either
+        return plain
+
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
         given = run.layout.pack(self.policy(number, run))
         if not self.learns:
@@ -116,6 +128,11 @@ def _direct(op: str, model: ATSpikformer, policy: Policy, learns: bool) -> ATSpi
     assert isinstance(twin, _Directed)
     twin.policy, twin.learns = policy, learns
     return twin
+
+
+def is_directed(model: ATSpikformer) -> bool:
+    """Whether a rule, and not its scores, halts the tokens of ``model``."""
+    return isinstance(model, _Directed)
 
 
 def _check_accumulator(op: str, config: SpikformerConfig) -> None:

@@ -74,21 +74,21 @@ def of_checkpoint(
     """A checkpoint and the test images it is asked to run on."""
     model = from_pretrained(name)
     split = load(data, model.config.image_size, folder)["test"]
-    channels = split.images.shape[1]
+    channels = split.pixels.shape[1]
     if channels != model.config.in_channels:
         raise InvalidValue(
             f"bench: {name} expects images with {model.config.in_channels} channels, got {data} "
             f"with {channels}"
         )
     if limit is not None:
-        split = Split(split.images[:limit], split.labels[:limit])
+        split = split[:limit]
 
     def images(count: int) -> Tensor:
         if count > len(split):
             raise InvalidValue(
                 f"bench: batch must be a number >= 1 and <= {len(split)}, got {count}"
             )
-        return split.images[:count]
+        return split[:count].images
 
     controls = {}
     if (name, data) == ("digits", "digits"):

@@ -23,7 +23,7 @@ from .loss import executed_share, training_loss
 from .optimizer import moving_average, optimizer_of, schedule_of
 from .state import STATE, Progress, Run
 
-__all__ = ["train"]
+__all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
 
@@ -82,7 +82,7 @@ def train(
     main, processes = accelerator.is_main_process, accelerator.num_processes
     with accelerator.main_process_first():
         _check_folder(folder, resume, main)
-    training, held_out = _splits(config)
+    training, held_out = splits_of(config)
 
     torch.manual_seed(config.seed)
     model = _model(config)
@@ -173,7 +173,7 @@ def _name(config: TrainConfig) -> str:
     return "validation" if config.validation else "test"
 
 
-def _splits(config: TrainConfig) -> tuple[Split, Split]:
+def splits_of(config: TrainConfig) -> tuple[Split, Split]:
     """The images to train on and those to evaluate."""
     splits = data.load(config.data, config.model.image_size, config.data_dir)
     training, held_out = splits["train"], splits["test"]

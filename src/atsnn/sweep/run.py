@@ -1,0 +1,144 @@
+"""Running a sweep: train what is not yet trained, measure what is not yet measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import data
+from ..bench.subject import with_changes
+from ..checkpoint import from_pretrained, read_config
+from ..checks import CheckpointError, InvalidValue
+from ..measure import machine
+from ..nn.model import ATSpikformer
+from ..schedule import directed
+from ..train import TrainConfig, train
+from ..train.loop import splits_of
+from ..train.state import STATE
+from .measure import counted, timed
+from .points import Point
+
+__all__ = ["load_run", "sweep"]
+
+ROWS = "rows.json"
+Log = Callable[[str], None]
+
+
+def sweep(
+    points: Sequence[Point],
+    folder: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    split: data.Split | None = None,
+    test: bool = False,
+    batches: Sequence[int] = (1, 16),
+    rounds: int = 11,
+    progress: bool = False,
+    log: Log = lambda line: None,
+) -> dict[str, Any]:
+    """Measure every point; a sweep that was cut off goes on where it stopped.
+
+    Parameters
+    ----------
+    points : sequence of Point
+    folder : path
+        Receives a folder a run and ``rows.json``, which grows with every point.
+    checkpoint : str or path, optional
+        What points without a run change, on the images of ``split``.
+    test : bool
+        Whether runs are measured on the test images; otherwise on those that were held out, where
+        there are such.
+    batches : sequence of int
+        Batch sizes to time; empty: nothing is timed. All points are timed in turns at the end.
+    rounds : int
+        Rounds of the timing.
+    progress : bool
+        Whether to show a progress bar for each run.
+    log : callable
+        Receives lines that tell how far it is.
+
+    Returns
+    -------
+    dict
+        ``"machine"`` and ``"rows"``: of each point its label, seed, settings and what was measured.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [point.key for point in points]
+    if len(set(keys)) < len(keys):
+        twice = next(p.label for p, key in zip(points, keys, strict=True) if keys.count(key) > 1)
+        raise InvalidValue(f"sweep: every point must differ from the others, got {twice!r} twice")
+    rows = _read(folder / ROWS)
+    models, images = {}, None
+    for number, point in enumerate(points, 1):
+        seed = "" if point.seed is None else f", seed {point.seed}"
+        log(f"{number}/{len(points)}  {point.label}{seed}")
+        model, measured_on, name = _model(point, folder, checkpoint, split, test, progress, log)
+        row = rows.get(point.key)
+        if row is None or row["split"] != name:
+            row = {"label": point.label, "seed": point.seed, "split": name,
+                   "settings": point.settings} | counted(model, measured_on)  # fmt: skip
+            rows[point.key] = row
+            _write(folder / ROWS, rows)
+        models[point.key] = model
+        if images is None:
+            images = measured_on[: max((*batches, 16))].images
+    if batches and images is not None:
+        log("timing")
+        # Those that take the same images, in turns.
+        alike = {key: m for key, m in models.items() if m.config.image_size == images.shape[-1]}
+        for key, latency in timed(alike, images, batches, rounds).items():
+            rows[key]["latency_ms"] = latency
+        _write(folder / ROWS, rows)
+    return {"machine": machine(), "rows": [rows[key] for key in keys]}
+
+
+def load_run(folder: Path, config: TrainConfig) -> ATSpikformer:
+    """The model a run ended with, under its policy if it has one."""
+    model = from_pretrained(folder)
+    return model if config.policy is None else directed(model, config.policy)
+
+
+def _model(
+    point: Point, folder: Path, checkpoint: str | Path | None, split: data.Split | None,
+    test: bool, progress: bool, log: Log,
+) -> tuple[ATSpikformer, data.Split, str]:  # fmt: skip
+    """The model of a point, the images it is measured on, and what they are called."""
+    if point.config is None:
+        if checkpoint is None or split is None:
+            raise InvalidValue(f"sweep: point {point.label!r} expects a checkpoint and images")
+        return with_changes(from_pretrained(checkpoint), **dict(point.changes or {})), split, "test"
+    c = point.config
+    place = folder / point.key
+    if not _done(place, c):
+        train(c, place, resume=(place / STATE).exists(), progress=progress, log=log)
+    _, held_out = splits_of(c)
+    name = "test" if test or not c.validation else "validation"
+    if test and c.validation:
+        held_out = data.load(c.data, c.model.image_size, c.data_dir)["test"]
+    return load_run(place, c), held_out, name
+
+
+def _done(place: Path, config: TrainConfig) -> bool:
+    try:
+        return read_config(place)["extra"]["epochs"] == config.epochs
+    except (CheckpointError, KeyError):
+        return False
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected the rows of a sweep, got: {error}") from error
+
+
+def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    # Written beside and moved into place: a cut leaves what was there.
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.replace(path)

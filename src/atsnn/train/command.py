@@ -1,0 +1,113 @@
+"""The options of ``atsnn train``, which ``atsnn sweep`` shares, and the run they describe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..data import DATASETS
+from ..nn.config import SpikformerConfig
+from .config import PRECISIONS, TrainConfig
+
+__all__ = ["add_options", "config_of"]
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    """Everything a :class:`TrainConfig` says."""
+    sub.add_argument("--data", default="digits", help=f"data set: {', '.join(DATASETS)}")
+    sub.add_argument("--data-dir", help="folder with the files of the data set")
+    sub.add_argument(
+        "--validation", type=int, default=0, metavar="IMAGES",
+        help="hold out so many training images and leave the test images alone",
+    )  # fmt: skip
+    sub.add_argument("--limit", type=int, help="train on the first LIMIT images only")
+    sub.add_argument(
+        "--init", metavar="CHECKPOINT",
+        help="begin with the weights of a checkpoint, such as a plain Spikformer's",
+    )  # fmt: skip
+    sub.add_argument("--epochs", type=int, default=20, help="passes over the images")
+    sub.add_argument("--batch-size", type=int, default=64, help="images a step, of each process")
+    sub.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
+    sub.add_argument("--warmup", type=float, default=0.15,
+                     help="share of the steps in which the learning rate rises")  # fmt: skip
+    sub.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW")
+    sub.add_argument("--label-smoothing", type=float, default=0.1, help="of the cross-entropy")
+    sub.add_argument("--ema", type=float, default=0.0, metavar="DECAY",
+                     help="decay a step of the weights' moving average; 0: none")  # fmt: skip
+    sub.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32",
+                     help="bf16: autocast")  # fmt: skip
+    sub.add_argument("--shift", type=int, default=2, help="random shift of the images in pixels")
+    sub.add_argument("--flip", action="store_true", help="mirror half of the images")
+    sub.add_argument("--erase", type=float, default=0.0, metavar="SHARE",
+                     help="erase a random rectangle in this share of the images")  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    sub.add_argument("--threads", type=int, help="threads to use (default: PyTorch's)")
+    model = sub.add_argument_group("model")
+    model.add_argument(
+        "--task", default="classes", choices=("classes", "pixels"),
+        help="classify images, or each pixel of data sets with such labels",
+    )  # fmt: skip
+    model.add_argument("--image-size", type=int, default=32, help="images are resized to this")
+    model.add_argument("--embed-dim", type=int, default=64, help="channels of a token")
+    model.add_argument("--depth", type=int, default=4, help="blocks")
+    model.add_argument("--heads", type=int, default=4, help="attention heads")
+    model.add_argument("--timesteps", type=int, default=4, help="timesteps T")
+    halting = sub.add_argument_group("halting and merging")
+    halting.add_argument(
+        "--halting", default="rectangle", choices=("rectangle", "depth", "sequential", "none"),
+        help="how halting scores accumulate",
+    )  # fmt: skip
+    halting.add_argument(
+        "--score", default="first", choices=("first", "mean", "linear", "constant"),
+        help="what the halting score is computed from",
+    )  # fmt: skip
+    halting.add_argument(
+        "--readout", default="mean-field", choices=("mean-field", "last"),
+        help="what is read of a token: the weighted mean of its blocks, or its last one",
+    )  # fmt: skip
+    halting.add_argument("--eps", type=float, default=0.01, help="a token runs below 1 - EPS")
+    halting.add_argument(
+        "--target", type=float, default=0.6, help="share of cells to execute, the budget"
+    )
+    halting.add_argument("--ponder-weight", type=float, default=1.0, help="of the ponder loss")
+    halting.add_argument("--ponder-warmup", type=float, default=0.0,
+                         help="share of the steps in which that weight rises")  # fmt: skip
+    halting.add_argument(
+        "--no-budget", action="store_true", help="weigh the ponder loss alone, without a target"
+    )
+    halting.add_argument(
+        "--policy", metavar="RULE",
+        help="halt by a rule instead: static:4,3,2,1 random:0.6 top:0.8,0.6,0.4",
+    )  # fmt: skip
+    halting.add_argument("--merge-r", type=int, default=0, help="pairs to merge at each boundary")
+    halting.add_argument("--merge-threshold", type=float,
+                         help="merge all pairs more similar than this instead")  # fmt: skip
+    halting.add_argument("--merge-match", default="similar", choices=("similar", "random"),
+                         help="how partners are found")  # fmt: skip
+
+
+def config_of(args: argparse.Namespace) -> TrainConfig:
+    """The run that the options describe."""
+    known = DATASETS.get(args.data)
+    channels, classes = (known.channels, known.classes) if known else (1, 10)
+    model = SpikformerConfig(
+        image_size=args.image_size, in_channels=channels,
+        num_classes=classes + (args.task == "pixels"),  # and the background
+        embed_dim=args.embed_dim, depth=args.depth, num_heads=args.heads, T=args.timesteps,
+        halting=None if args.halting == "none" else args.halting, score=args.score,
+        readout=args.readout, eps=args.eps, merge_r=args.merge_r,
+        merge_threshold=args.merge_threshold, merge_match=args.merge_match, task=args.task,
+    )  # fmt: skip
+    return TrainConfig(
+        model, data=args.data, data_dir=args.data_dir, epochs=args.epochs,
+        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
+        label_smoothing=args.label_smoothing, shift=args.shift, flip=args.flip, erase=args.erase,
+        limit=args.limit, validation=args.validation, seed=args.seed, warmup=args.warmup,
+        ema=args.ema, precision=args.precision, init=args.init, policy=args.policy,
+        target=None if args.no_budget else args.target, ponder_weight=args.ponder_weight,
+        ponder_warmup=args.ponder_warmup,
+    )  # fmt: skip
+
+
+def folder_of(args: argparse.Namespace, name: str) -> Path:
+    return args.out or Path("runs") / name
