@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from ..checks import certain
 from .blocks import Context, _lif
 from .config import SpikformerConfig
 
@@ -36,9 +36,6 @@ class SpikingPatchSplitting(nn.Module):
         for name, before, after in zip(self.names, widths, widths[1:], strict=False):
             self._add(name, before, after, config)
         self._add("rpe", dim, dim, config)
-        for parameter in self.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
     def _add(self, name: str, before: int, after: int, config: SpikformerConfig) -> None:
         stem, number = name.rstrip("0123456789"), name.lstrip("abcdefghijklmnopqrstuvwxyz")
@@ -108,4 +105,4 @@ def _channels_first(x: Tensor) -> Tensor:
 
 def _halve(x: Tensor) -> Tensor:
     # PyTorch takes no images only in the usual order.
-    return nnf.max_pool2d(x if len(x) else x.contiguous(), 3, 2, 1)
+    return nnf.max_pool2d(x.contiguous() if certain(x.shape[0] == 0) else x, 3, 2, 1)

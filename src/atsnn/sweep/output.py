@@ -70,8 +70,8 @@ def table(result: Mapping[str, Any], title: str = "Sweep") -> Sheet:
     splits = " and ".join(sorted({row["split"] for row in rows}))
     sheet.note = (
         f"Measured on the {splits} images; n: seeds, with several the mean and standard deviation. "
-        "cells: share executed. FLOPs, SOPs, energy: of those of the same weights with nothing halted and "
-        "nothing merged, the stem included."
+        "cells: share executed. FLOPs, SOPs, energy: of those of the same weights with nothing "
+        "halted and nothing merged, the stem included."
     )
     if sizes:
         sheet.note += " ms/B: milliseconds an image in batches of B, medians of turns."
@@ -123,8 +123,8 @@ def _drawn(
             across, up = summary.spread(name) or 0.0, summary.spread(value) or 0.0
             axes.errorbar(
                 x * scale, 100 * y, yerr=100 * up, xerr=across * scale,
-                marker=MARKS[number // 6 % 5], color=COLOURS[number % 6], linestyle="none", markersize=5, capsize=2,
-                elinewidth=0.8, label=summary.label,
+                marker=MARKS[number // 6 % 5], color=COLOURS[number % 6], linestyle="none",
+                markersize=5, capsize=2, elinewidth=0.8, label=summary.label,
             )  # fmt: skip
         axes.set_xlabel(f"{label}, %" if name == "cells" else label)
         axes.set_ylabel(f"{what}, %")
