@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,9 +15,13 @@ import torch
 import atsnn
 from atsnn import data
 from atsnn.checks import CheckpointError, InvalidValue
+from atsnn.nn.blocks import Context
+from atsnn.schedule import directed, is_directed
 from atsnn.train import TrainConfig, evaluate, train, training_loss
+from atsnn.train.augment import augmented
+from atsnn.train.loop import _step
 from atsnn.train.loss import executed_share
-from atsnn.train.optimizer import optimizer_of
+from atsnn.train.optimizer import moving_average, optimizer_of, schedule_of
 from atsnn.train.state import STATE
 
 MODEL = atsnn.SpikformerConfig(
@@ -45,9 +53,6 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, changes):
     config = dataclasses.replace(CONFIG, model=MODEL.replace(**changes))
     whole, _ = train(config, tmp_path / "whole")
 
-    class Cut(Exception):
-        pass
-
     def cut(line):
         if line.startswith("epoch"):
             raise Cut
@@ -55,8 +60,66 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, changes):
     with pytest.raises(Cut):
         train(config, tmp_path / "cut", log=cut)
     resumed, _ = train(config, tmp_path / "cut", resume=True)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    same(whole, resumed)
+
+
+class Cut(Exception):
+    pass
+
+
+def same(a, b):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(ema=0.9), dict(erase=0.5, flip=True), dict(policy="random:0.75")],
+    ids=["plain", "average", "augmented", "random halting"],
+)
+def test_resuming_in_the_middle_of_an_epoch(tmp_path, monkeypatch, changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    whole, found = train(config, tmp_path / "whole")
+    steps = []
+
+    def step(*args):
+        if len(steps) == 6:  # of 4 an epoch
+            raise Cut
+        steps.append(args)
+        return _step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atsnn.train.loop._step", step)
+        with pytest.raises(Cut):
+            train(config, tmp_path / "cut", save_every=0)
+    state = torch.load(tmp_path / "cut" / STATE, weights_only=True)
+    assert state["progress"]["epoch"] == 1 and state["progress"]["batch"] == 2
+    resumed, again = train(config, tmp_path / "cut", resume=True)
+    same(whole, resumed)
+    assert again == found
+    logs = [
+        json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_killed_process_is_resumed(tmp_path):
+    """Not an exception but a signal that cannot be caught, wherever it meets the run."""
+    options = ["train", "--image-size", "8", "--embed-dim", "16", "--depth", "2", "--heads", "2",
+               "--timesteps", "2", "--epochs", "3", "--batch-size", "32", "--shift", "1",
+               "--threads", "1", "--save-every", "0"]  # fmt: skip
+    command = [sys.executable, "-m", "atsnn", *options]
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    process = subprocess.Popen([*command, "--out", tmp_path / "cut"], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / STATE).exists():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    subprocess.run(
+        [*command, "--out", tmp_path / "cut", "--resume"], check=True, capture_output=True
+    )
+    same(*(atsnn.from_pretrained(tmp_path / name) for name in ("whole", "cut")))
 
 
 def test_a_seed_is_a_run(tmp_path):
@@ -215,3 +278,235 @@ def test_resuming_refuses_other_settings_and_damaged_states(tmp_path):
     (tmp_path / STATE).write_bytes(b"not a state")
     with pytest.raises(CheckpointError, match="expected the state of an atsnn training run"):
         train(short, tmp_path, resume=True)
+
+
+# -- what users expect of training ----------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_and_falls():
+    model = atsnn.ATSpikformer(MODEL)
+    config = dataclasses.replace(CONFIG, lr=0.1, warmup=0.2)
+    optimizer = optimizer_of(model, config)
+    schedule = schedule_of(optimizer, config, 50)
+    rates = []
+    for _ in range(50):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    slow = torch.tensor(rates)[:, 0]
+    assert (slow[:10].diff() > 0).all() and slow.argmax() == 10 and slow.max() == pytest.approx(0.1)
+    torch.testing.assert_close(slow[:10], 0.1 * torch.arange(1, 11) / 11)
+    assert (slow[10:].diff() < 0).all() and 0 < slow[-1] < 1e-3
+    assert all(fast == pytest.approx(10 * rate) for rate, fast in rates)
+    middle = slow[30]  # half-way down the cosine
+    assert middle == pytest.approx(0.05)
+
+
+def test_the_average_is_what_is_saved(tmp_path):
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = moving_average(model, dataclasses.replace(CONFIG, ema=0.75))
+    assert moving_average(model, CONFIG) is None
+    for value, want in ((4.0, 4.0), (8.0, 5.0), (1.0, 4.0)):
+        torch.nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+        assert float(average.module.weight.detach()) == want
+    config = dataclasses.replace(CONFIG, epochs=1, ema=0.9)
+    result, found = train(config, tmp_path)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    saved = atsnn.from_pretrained(tmp_path)
+    same(result, saved)
+    assert evaluate(saved, data.load("digits", 8)["test"]) == found
+    assert not torch.equal(saved.head.weight, state["model"]["head.weight"])
+    assert torch.equal(saved.head.weight, state["average"]["module.head.weight"])
+
+
+def test_autocast_to_bfloat16_learns_too(tmp_path):
+    config = dataclasses.replace(CONFIG, precision="bf16")
+    model, _ = train(config, tmp_path / "low")
+    _, _ = train(CONFIG, tmp_path / "full")
+    assert model.head.weight.dtype == torch.float32
+    logs = [json.loads((tmp_path / n / "training.json").read_text()) for n in ("low", "full")]
+    losses = [[epoch["loss"] for epoch in log["history"]] for log in logs]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_held_out_images_are_evaluated_and_the_test_images_left_alone(tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=1, validation=50)
+    model, found = train(config, tmp_path)
+    _, held_out = data.load("digits", 8)["train"].held_out(50)
+    assert found == evaluate(model, held_out) and found.images == 50
+    (epoch,) = json.loads((tmp_path / "training.json").read_text())["history"]
+    assert epoch["validation_accuracy"] == found.accuracy and "test_accuracy" not in epoch
+
+
+def test_a_plain_spikformer_learns_to_halt(tmp_path):
+    plain, _ = train(
+        dataclasses.replace(CONFIG, model=MODEL.replace(halting=None), epochs=1), tmp_path / "plain"
+    )
+    still = dataclasses.replace(CONFIG, lr=1e-12, epochs=1, init=str(tmp_path / "plain"))
+    tuned, _ = train(still, tmp_path / "tuned")
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(tuned.get_parameter(name), weight, msg=name)
+    assert tuned.halting is not None
+    back = dataclasses.replace(
+        still, model=MODEL.replace(halting=None), init=str(tmp_path / "tuned")
+    )
+    assert train(back, tmp_path / "back")[0].halting is None
+    deeper = dataclasses.replace(still, model=MODEL.replace(depth=3, embed_dim=32))
+    with pytest.raises(
+        InvalidValue, match="--init expected the network of the run, got .* missing"
+    ):
+        train(deeper, tmp_path / "deeper")
+
+
+def test_the_log_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(CONFIG, tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"loss", "cells", "lr", "test/accuracy", "test/cells"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 9))
+    history = json.loads((tmp_path / "training.json").read_text())["history"]
+    logged = [e.value for e in events.Scalars("test/accuracy")]
+    assert logged == pytest.approx([epoch["test_accuracy"] for epoch in history])
+
+
+def launch(folder, *options):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", "-m", "atsnn", "train", "--out", folder, *options,
+    ]  # fmt: skip
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+DISTRIBUTED = [
+    "--image-size", "8", "--embed-dim", "32", "--depth", "3", "--heads", "2", "--timesteps", "2",
+    "--epochs", "6", "--lr", "0.01", "--shift", "1", "--target", "0.5",
+]  # fmt: skip
+
+
+def test_two_processes_learn_as_one_does_with_twice_the_batch(tmp_path):
+    """Blocks are skipped, statistics are each process's own; the loss falls as it does for one."""
+    told = launch(tmp_path / "two", *DISTRIBUTED, "--batch-size", "32")
+    assert told.count("epoch ") == 6 and told.count("checkpoint in") == 1, "one of them tells"
+    from atsnn import cli
+
+    one = [*DISTRIBUTED, "--batch-size", "64", "--threads", "1", "--out", str(tmp_path / "one")]
+    assert cli.main(["train", *one]) == 0
+    history = {
+        name: json.loads((tmp_path / name / "training.json").read_text())["history"]
+        for name in ("one", "two")
+    }
+    losses = {name: [epoch["loss"] for epoch in epochs] for name, epochs in history.items()}
+    assert losses["two"] == pytest.approx(losses["one"], rel=0.12)
+    assert losses["one"][-1] < 0.75 * losses["one"][0]
+    cells = {name: epochs[-1]["cells"] for name, epochs in history.items()}
+    assert cells["two"] == pytest.approx(cells["one"], abs=0.1)
+
+
+def test_images_are_moved_with_their_maps():
+    """Augmentation keeps a pixel and its class together."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randint(0, 200, (6, 12, 12), generator=generator).to(torch.uint8)
+    split = data.Split(maps[:, None].float() / 255, torch.zeros(6, dtype=torch.int64), maps)
+    moved = augmented(
+        split, dataclasses.replace(CONFIG, shift=3, flip=True), torch.Generator().manual_seed(1)
+    )
+    assert not torch.equal(moved.maps, maps)
+    torch.testing.assert_close(moved.images[:, 0], moved.maps.float() / 255)
+    kept = augmented(split, dataclasses.replace(CONFIG, shift=0), generator)
+    assert torch.equal(kept.images, split.images)
+
+
+def test_random_rectangles_are_erased():
+    split = data.Split(torch.ones(400, 1, 20, 20), torch.zeros(400, dtype=torch.int64))
+    config = dataclasses.replace(CONFIG, shift=0, erase=0.5)
+    images = augmented(split, config, torch.Generator().manual_seed(0)).images[:, 0]
+    holes = (images == 0).float().mean((1, 2))
+    assert 150 < (holes > 0).sum() < 250
+    assert holes.max() < 0.35 and 0.08 < holes[holes > 0].mean() < 0.2
+    for image in images[holes > 0][:20]:
+        rows, columns = (image == 0).any(1), (image == 0).any(0)
+        assert ((image == 0) == (rows[:, None] & columns[None])).all(), "a rectangle"
+
+
+# -- halting by a rule ----------------------------------------------------------------------------
+
+
+def halted(policy, **changes):
+    torch.manual_seed(0)
+    config = MODEL.replace(depth=4, T=3, halting="depth", image_size=16, **changes)
+    model = directed(atsnn.ATSpikformer(config).eval(), policy)
+    with torch.no_grad():
+        return model(data.load("digits", 16)["test"].images[:5], return_trace=True)
+
+
+def test_one_schedule_for_all_tokens():
+    depth = halted("static:4,2,1").depth
+    assert all((depth[t] == d).all() for t, d in enumerate((4, 2, 1)))
+
+
+def test_tokens_picked_at_random():
+    trace = halted("random:0.6")
+    assert float(trace.active.float().mean()) == pytest.approx(0.6, abs=0.06)
+    assert len(trace.depth[0].unique()) > 1
+    assert torch.equal(trace.depth, halted("random:0.6").depth), "the same ones in evaluation"
+    model = directed(atsnn.ATSpikformer(MODEL.replace(halting="depth")), "random:0.75")
+    images = data.load("digits", 8)["test"].images[:5]
+    depths = [model(images, return_trace=True).depth for _ in range(2)]
+    assert not torch.equal(*depths), "others in every step of training"
+
+
+def test_tokens_that_fire_most():
+    trace = halted("top:0.5,0.5,0.25")
+    by_block = trace.active.float().mean((1, 3))  # N = 16
+    want = torch.tensor([1, 0.5, 0.5, 0.25])[:, None].expand(4, 5)
+    assert torch.equal(by_block, want)
+    # They are those that hold most spikes after the block.
+    torch.manual_seed(0)
+    config = MODEL.replace(depth=4, T=3, halting="depth", image_size=16)
+    model = atsnn.ATSpikformer(config).eval()
+    with torch.no_grad():
+        x = model.embed(data.load("digits", 16)["test"].images[:5])
+        spikes = model.block[0].forward_with_keys(x, Context())[0].sum((0, 3))
+    kept = trace.active[1, 0]
+    least = spikes.masked_fill(~kept, torch.inf).min(1).values
+    assert (least >= spikes.masked_fill(kept, -1).max(1).values).all()
+
+
+def test_rules_are_checked():
+    model = atsnn.ATSpikformer(MODEL.replace(halting="depth"))
+    for policy, message in {
+        "static:1,2": "do not rise", "static:2": "expects 2 numbers in 1 .. 2",
+        "static:3,1": "expects 2 numbers", "random:0.2": "in 0.5 .. 1", "top:0.5,0.2": "expects 1",
+        "best:1": "must be static:D1,D2", "static:x": "must be static:D1,D2",
+    }.items():  # fmt: skip
+        with pytest.raises(InvalidValue, match=message):
+            directed(model, policy)
+        with pytest.raises(InvalidValue, match=message):
+            dataclasses.replace(CONFIG, model=model.config, policy=policy)
+    with pytest.raises(InvalidValue, match="must halt by 'rectangle' or 'depth', got None"):
+        directed(atsnn.ATSpikformer(MODEL.replace(halting=None)), "static:1,1")
+
+
+def test_a_run_keeps_its_rule(tmp_path, capsys):
+    from atsnn import cli
+
+    options = ["--image-size", "8", "--embed-dim", "16", "--heads", "2", "--depth", "2",
+               "--timesteps", "2", "--epochs", "1", "--halting", "depth", "--policy", "static:2,1",
+               "--shift", "1"]  # fmt: skip
+    out = str(tmp_path / "run")
+    assert cli.main(["train", *options, "--out", out]) == 0
+    assert cli.main(["eval", "--checkpoint", out, "--json", str(tmp_path / "e.json")]) == 0
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["cells"] == 0.75
+    rule = directed(atsnn.from_pretrained(out), "static:2,1")
+    assert found["accuracy"] == evaluate(rule, data.load("digits", 8)["test"]).accuracy
+    assert is_directed(rule) and not is_directed(rule.without_halting())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,12 @@ def from_pretrained(name: str | Path) -> ATSpikformer:
     return model.eval()
 
 
-def check_empty_or_ours(folder: Path) -> None:
-    """Refuse to write a checkpoint over files that are not one."""
+def check_empty_or_ours(folder: Path, also: Collection[str] = ()) -> None:
+    """Refuse to write a checkpoint over files that are not one; ``also`` names others of ours."""
     if folder.is_file():
         raise InvalidValue(f"expected a folder to write to, got the file {folder}")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+    ours = any((folder / name).exists() for name in (CONFIG, *also))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise InvalidValue(
             f"expected an empty folder or one with an earlier checkpoint, got {folder} with "
             "other files"

@@ -37,7 +37,9 @@ __all__ = [
 ]
 
 
-def synthetic_depths(L: int, T: int, B: int, N: int, share: float, seed: int = 0) -> Tensor:
+def synthetic_depths(
+    L: int, T: int, B: int, N: int, share: float, seed: int = 0, spread: float = 0.5
+) -> Tensor:
     """Depths at which tokens stop, so that about ``share`` of the ``L * T * B * N`` cells run.
 
     Parameters
@@ -47,13 +49,15 @@ def synthetic_depths(L: int, T: int, B: int, N: int, share: float, seed: int = 0
     share : float
         From ``1 / L``, every token stopping after block 1, to 1.
     seed : int
+    spread : float
+        How much tokens differ, as a share of the blocks.
 
     Returns
     -------
     Tensor
         ``[T, B, N]`` int64 in ``1 .. L``, not increasing in ``t``: tokens differ by a uniform
-        random amount of half the blocks, and stop a block earlier or so at the last timestep
-        than at the first.
+        random amount of at most ``spread * L`` blocks, and stop a block earlier or so at the last
+        timestep than at the first.
     """
     op = "synthetic_depths"
     for name, value in (("L", L), ("T", T), ("B", B), ("N", N)):
@@ -62,11 +66,11 @@ def synthetic_depths(L: int, T: int, B: int, N: int, share: float, seed: int = 0
     if not 1 / L <= share <= 1:
         raise InvalidValue(f"{op}: share must lie in 1 / L = {1 / L:.3g} .. 1, got {share}")
     generator = torch.Generator().manual_seed(seed)
-    spread = (torch.rand((1, B, N), generator=generator) - 0.5) * L / 2
+    apart = (torch.rand((1, B, N), generator=generator) - 0.5) * L * spread
     slope = torch.arange(T).view(T, 1, 1) / max(T - 1, 1)
 
     def depths(level: float) -> Tensor:
-        return (level + spread - slope).round().clamp(1, L).to(torch.int64)
+        return (level + apart - slope).round().clamp(1, L).to(torch.int64)
 
     low, high = -2.0 * L, 3.0 * L
     for _ in range(40):
@@ -239,7 +243,8 @@ class _Random:
         L = run.config.depth
         if number == 0:
             seed = int(torch.randint(2**31, ())) if torch.is_grad_enabled() else 0
-            self.scores = synthetic_scores(synthetic_depths(L, T, B, N, self.share, seed), L)
+            depths = synthetic_depths(L, T, B, N, self.share, seed, spread=2.0)
+            self.scores = synthetic_scores(depths, L)
         return self.scores[number].to(run.x)
 
 

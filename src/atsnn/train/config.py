@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import data
 from ..checks import InvalidType, check_choice, check_integer, check_number
 from ..nn.config import SpikformerConfig
@@ -13,7 +15,7 @@ from ..schedule import check_policy
 
 __all__ = ["PRECISIONS", "TrainConfig"]
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # as Accelerate calls them
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

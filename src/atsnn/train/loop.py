@@ -73,7 +73,6 @@ def train(
 
     folder = Path(folder)
     accelerator = Accelerator(
-        mixed_precision=PRECISIONS[config.precision],
         # A block whose tokens have all halted is skipped, and its weights get no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=BOARD if tensorboard else None,
@@ -157,7 +156,8 @@ def train(
 
 def _check_folder(folder: Path, resume: bool, main: bool) -> None:
     if main:
-        check_empty_or_ours(folder)
+        # A run that was cut off early has written no checkpoint yet.
+        check_empty_or_ours(folder, (STATE, f"{STATE}.tmp", BOARD))
         try:  # now, not after the first epoch
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -255,7 +255,9 @@ def _step(
 ) -> tuple[float, float]:
     """One step of the optimiser; the loss and the share of cells over all processes."""
     config = run.config
-    trace = wrapped(batch.images, return_trace=True, firing_rates=False)
+    dtype = PRECISIONS[config.precision]
+    with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
+        trace = wrapped(batch.images, return_trace=True, firing_rates=False)
     share = float(accelerator.reduce(executed_share(trace).float(), "mean"))
     target = target_of(batch, config.model.task).long()
     loss = training_loss(trace, target, config, share, progress)
