@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
+import shlex
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import atsnn
-from atsnn.checkpoint import CONFIG, PACKAGED, WEIGHTS
+from atsnn import checkpoint
+from atsnn.card import model_card
+from atsnn.checkpoint import CARD, CONFIG, PACKAGED, WEIGHTS
 from atsnn.checks import CheckpointError, InvalidValue
 from atsnn.testing import exact_images, exact_model
+from atsnn.train import TrainConfig
+from atsnn.train.options import add_options, command_of, config_of
+from atsnn.train.settings import with_settings
 
 CONFIGURATION = atsnn.SpikformerConfig(
     image_size=8, in_channels=1, num_classes=3, embed_dim=16, depth=2, num_heads=2, T=2,
@@ -37,7 +46,7 @@ def test_round_trip(saved):
     images = exact_images(CONFIGURATION, 3)
     with torch.no_grad():
         assert torch.equal(model(images), again(images))
-    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in folder.iterdir()) == [CARD, CONFIG, WEIGHTS]
 
 
 def test_string_and_path_are_both_taken(saved):
@@ -164,3 +173,81 @@ def test_packaged_checkpoints_load_and_are_small(name):
     assert model.config.image_size == 32
     size = sum(p.stat().st_size for p in PACKAGED[name].iterdir())
     assert size < 3 * 2**20
+
+
+# -- the hub --------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A hub on this machine: what would go up is kept, and what is asked for is looked up."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, repo_id, **_):
+        (self.folder / repo_id).mkdir(parents=True, exist_ok=True)
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+        return f"https://example.org/{repo_id}"
+
+    def snapshot_download(self, repo_id, allow_patterns, revision=None):
+        if revision not in (None, "main"):
+            raise FileNotFoundError(f"no revision {revision}")
+        return str(self.folder / repo_id)
+
+
+def test_a_model_is_pushed_to_the_hub_and_pulled(saved, tmp_path, monkeypatch):
+    model, _ = saved
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token=None: hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    model.extra = {"data": "digits", "test_accuracy": 0.5}
+    assert model.push_to_hub("me/mine") == "https://example.org/me/mine"
+    for again in (
+        atsnn.from_pretrained("me/mine"),
+        atsnn.ATSpikformer.from_pretrained("me/mine", revision="main"),
+    ):
+        assert again.config == model.config and again.extra == model.extra
+        assert torch.equal(again.head.weight, model.head.weight)
+    with pytest.raises(CheckpointError, match="no revision 3"):
+        atsnn.from_pretrained("me/mine", revision="3")
+    model.save_pretrained(tmp_path / "both", push_to_hub=True, repo_id="me/other")
+    assert (tmp_path / "both" / WEIGHTS).is_file() and (hub.folder / "me/other" / CARD).is_file()
+
+
+def test_the_card_tells_what_is_known(tmp_path):
+    config = TrainConfig(
+        CONFIGURATION, epochs=3, flip=True, target=None, init="plain", policy=None, clip=2.0
+    )
+    extra = {"data": "digits", "seed": 3, "test_accuracy": 0.9123, "test_cells": 0.5,
+             "command": command_of(config)}  # fmt: skip
+    checkpoint.save_pretrained(exact_model(CONFIGURATION), tmp_path, extra)
+    card = ModelCard.load(tmp_path / CARD)
+    assert card.data.library_name == "atsnn" and card.data.pipeline_tag == "image-classification"
+    for text in ("91.23 %", "50.00 %", "| seed | 3 |", "--flip", "--init plain", "--no-budget",
+                 "# and clip=2.0", "Limits", "halt over blocks and timesteps"):  # fmt: skip
+        assert text in card.text, text
+    (tmp_path / CARD).write_text("by hand")
+    checkpoint.save_pretrained(exact_model(CONFIGURATION), tmp_path, extra)
+    assert (tmp_path / CARD).read_text() == "by hand"
+    plain = ModelCard(model_card(CONFIGURATION.replace(halting=None)))
+    assert "Every block runs for every token" in plain.text and "Training" not in plain.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(halting=None), dict(policy="static:2,1", halting="depth"), dict(target=None),
+     dict(ema=0.9, erase=0.25, validation=7, precision="bf16", data="scenes-digits", task="pixels",
+          num_classes=11, image_size=64)],
+    ids=str,
+)  # fmt: skip
+def test_the_command_of_a_run_makes_it(changes):
+    base = TrainConfig(CONFIGURATION.replace(num_classes=10), epochs=7, seed=5, lr=0.003)
+    config = with_settings(base, changes)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    words = shlex.split(command_of(config))
+    assert words[:2] == ["atsnn", "train"]
+    assert config_of(parser.parse_args(words[2:])) == config

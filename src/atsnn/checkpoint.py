@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .card import model_card
 from .checks import AtsnnError, CheckpointError, InvalidType, InvalidValue
 from .nn.config import SpikformerConfig
 from .nn.model import ATSpikformer, batch_norms
@@ -18,7 +19,7 @@ from .nn.model import ATSpikformer, batch_norms
 __all__ = ["PACKAGED", "from_pretrained", "read_config", "save_pretrained"]
 
 FORMAT, VERSION = "atsnn", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _FOLDER = Path(__file__).parent / "checkpoints"
 PACKAGED = {
     "digits": _FOLDER / "digits",
@@ -30,7 +31,11 @@ PACKAGED = {
 def save_pretrained(
     model: ATSpikformer, folder: str | Path, extra: dict[str, Any] | None = None
 ) -> Path:
-    """Write ``model`` to ``folder``; ``extra`` is kept under ``"extra"`` in the configuration."""
+    """Write ``model`` and a model card to ``folder``.
+
+    ``extra`` is kept under ``"extra"`` in the configuration. A card that is there already is kept
+    too: it may have been written by hand.
+    """
     for norm in batch_norms(model):
         if norm.eps != model.config.bn_eps:
             raise InvalidValue(
@@ -50,10 +55,17 @@ def save_pretrained(
     text = folder / f"{CONFIG}.tmp"
     text.write_text(json.dumps(config, indent=2) + "\n")
     text.replace(folder / CONFIG)
+    if not (folder / CARD).exists():
+        write_card(model.config, extra, folder)
     return folder
 
 
-def _locate(name: str | Path) -> Path:
+def write_card(config: SpikformerConfig, extra: dict[str, Any] | None, folder: Path) -> None:
+    """Write the model card of a checkpoint, over one that is there."""
+    (folder / CARD).write_text(model_card(config, extra, str(folder)))
+
+
+def _locate(name: str | Path, **hub: Any) -> Path:
     """The folder of a checkpoint: a packaged name, a folder, or a model id on the hub."""
     if not isinstance(name, str | Path):
         raise InvalidType(f"from_pretrained: expected a name or a path, got {type(name).__name__}")
@@ -76,7 +88,9 @@ def _locate(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], **hub))
+    except TypeError as error:
+        raise InvalidType(f"from_pretrained: {error}") from None
     except Exception as error:  # the hub client raises many unrelated types
         raise CheckpointError(
             f"from_pretrained: {str(name)!r} is no folder and could not be fetched from the hub: "
@@ -84,9 +98,9 @@ def _locate(name: str | Path) -> Path:
         ) from error
 
 
-def read_config(name: str | Path) -> dict[str, Any]:
+def read_config(name: str | Path, **hub: Any) -> dict[str, Any]:
     """The checked content of a checkpoint's ``config.json``."""
-    path = _locate(name) / CONFIG
+    path = _locate(name, **hub) / CONFIG
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
@@ -103,7 +117,7 @@ def read_config(name: str | Path) -> dict[str, Any]:
     return config
 
 
-def from_pretrained(name: str | Path) -> ATSpikformer:
+def from_pretrained(name: str | Path, **hub: Any) -> ATSpikformer:
     """Load a model, in evaluation mode.
 
     Parameters
@@ -111,14 +125,17 @@ def from_pretrained(name: str | Path) -> ATSpikformer:
     name : str or path
         A packaged checkpoint (``"digits"``), a folder written by ``save_pretrained``, or a model
         id ``"owner/name"`` on the Hugging Face hub.
+    **hub
+        For the hub, as ``huggingface_hub.snapshot_download`` takes it: ``revision``, ``token``,
+        ``cache_dir``, ``local_files_only``, ``force_download``.
 
     Raises
     ------
     CheckpointError
         If it is missing, damaged, of another version or not ours.
     """
-    folder = _locate(name)
-    config = read_config(name)
+    folder = _locate(name, **hub)
+    config = read_config(folder)
     path = folder / WEIGHTS
     try:
         model = ATSpikformer(SpikformerConfig.from_dict(config.get("model")))  # type: ignore[arg-type]
@@ -153,6 +170,8 @@ def from_pretrained(name: str | Path) -> ATSpikformer:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: {key} must be finite, got NaN or infinite values")
     model.load_state_dict(tensors)
+    extra = config.get("extra")
+    model.extra = extra if isinstance(extra, dict) else None
     return model.eval()
 
 

@@ -15,7 +15,7 @@ from . import __version__
 from .checks import AtsnnError, InvalidValue, require
 from .data import DATASETS
 from .sweep.command import add_options as add_sweep_options
-from .train.command import add_options as add_train_options
+from .train.options import add_options as add_train_options
 
 GOOD, FAILED, WRONG_USE = 0, 1, 2
 
@@ -387,7 +387,7 @@ def _show(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from . import measure
     from .train import train
-    from .train.command import config_of
+    from .train.options import config_of
 
     console = _console()
     config = config_of(args)

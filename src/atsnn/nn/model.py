@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
 from ..checks import (
@@ -45,7 +46,13 @@ class Head(nn.Linear):
         return nn.functional.linear(x.double(), self.weight.double(), bias).to(self.weight.dtype)
 
 
-class ATSpikformer(nn.Module):
+class ATSpikformer(
+    nn.Module,
+    ModelHubMixin,
+    library_name="atsnn",
+    paper_url="https://arxiv.org/abs/2408.12293",
+    tags=["spiking-neural-network", "vision-transformer"],
+):
     """Spikformer with adaptive tokens.
 
     Parameters
@@ -67,6 +74,7 @@ class ATSpikformer(nn.Module):
                 f"ATSpikformer: config must be a SpikformerConfig, got {type(config).__name__}"
             )
         self.config = config
+        self.extra: dict[str, Any] | None = None  # what its checkpoint says of its training
         self._execution = "packed"
         dim = config.embed_dim
         lif = {"tau": config.tau, "surrogate": config.surrogate, "alpha": config.alpha}
@@ -129,11 +137,43 @@ class ATSpikformer(nn.Module):
         plain.merge = nn.ModuleList().train(self.training)
         return plain
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the weights (safetensors) and the configuration (JSON) to ``folder``."""
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None,
+        config: object = None, model_card_kwargs: dict[str, Any] | None = None, **hub: Any,
+    ) -> Path:  # fmt: skip
+        """Write the weights (safetensors), the configuration (JSON) and a model card to ``folder``.
+
+        A card that is there already is kept.
+
+        Parameters
+        ----------
+        folder : path
+        push_to_hub : bool
+            Whether to upload it to the Hugging Face hub too, as ``repo_id`` (default: the folder's
+            name) and with options of ``push_to_hub``. ``config`` and ``model_card_kwargs`` are
+            the hub's interface; the configuration is the model's own.
+        """
         from ..checkpoint import save_pretrained
 
-        return save_pretrained(self, folder)
+        path = save_pretrained(self, folder, self.extra)
+        if push_to_hub:
+            self.push_to_hub(repo_id or path.name, **hub)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **hub: Any) -> ATSpikformer:  # type: ignore[override]
+        """:func:`atsnn.from_pretrained`, with the hub's options such as ``revision``."""
+        from ..checkpoint import from_pretrained
+
+        return from_pretrained(name, **hub)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that ``save_pretrained`` writes."""
+        from ..card import model_card
+
+        return ModelCard(model_card(self.config, self.extra))
 
     def train(self, mode: bool = True) -> ATSpikformer:
         """Set the mode; weights that were folded for inference are made again."""

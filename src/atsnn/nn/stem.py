@@ -64,7 +64,8 @@ class SpikingPatchSplitting(nn.Module):
             y = _maps(_halve, y)
         if still:
             y = y.expand(still, *y.shape[1:])
-        y = context.fire(f"{name}_lif", self._layer("lif", name), y)
+        y, _ = self._layer("lif", name).run(y)
+        context.note(f"{name}_lif", _channels_first(y))
         if name in self.pooled and self.pool_spikes:
             y = _maps(_halve, y)
         return y

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .. import data
 from ..checkpoint import from_pretrained
 from ..checks import InvalidValue, check_integer
-from ..train.command import add_options as add_train_options
-from ..train.command import config_of
+from ..train.options import add_options as add_train_options
+from ..train.options import config_of
 from ..train.settings import parse, value_of
 from .output import draw, table
 from .points import EVALUATED, Point, checkpoint_grid, training_grid

@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from ..checkpoint import save_pretrained
+from ..checkpoint import save_pretrained, write_card
 from ..checks import CheckpointError, InvalidValue
 from ..nn.model import ATSpikformer
 from .config import TrainConfig
+from .options import command_of
 
 __all__ = ["Progress", "Run"]
 
@@ -80,10 +81,11 @@ class Run:
         """Write the model and the history of the epochs that are done."""
         c, history = self.config, self.progress.history
         extra: dict[str, Any] = {"data": c.data, "epochs": len(history), "seed": c.seed}
-        if c.policy is not None:
-            extra["policy"] = c.policy
+        extra |= {name: getattr(c, name) for name in ("policy", "init") if getattr(c, name)}
         measured = {k: v for k, v in history[-1].items() if k not in ("loss", "cells")}
-        save_pretrained(self.result, self.folder, extra | measured)
+        extra |= {"command": command_of(c)} | measured
+        save_pretrained(self.result, self.folder, extra)
+        write_card(c.model, extra, self.folder)
         log = {"config": c.to_dict(), "history": history}
         (self.folder / LOG).write_text(json.dumps(log, indent=2) + "\n")
 

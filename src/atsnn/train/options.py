@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import dataclasses
+import shlex
 
 from ..data import DATASETS
 from ..nn.config import SpikformerConfig
 from .config import PRECISIONS, TrainConfig
 
-__all__ = ["add_options", "config_of"]
+__all__ = ["add_options", "command_of", "config_of"]
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -109,5 +110,35 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     )  # fmt: skip
 
 
-def folder_of(args: argparse.Namespace, name: str) -> Path:
-    return args.out or Path("runs") / name
+# Options by the setting they set, where the name is another or a value is written otherwise.
+_NAMES = {"num_heads": "heads", "T": "timesteps"}
+_DERIVED = {"in_channels", "num_classes"}  # by the data set
+
+
+def command_of(config: TrainConfig) -> str:
+    """The ``atsnn train`` that makes this run, options at their defaults left out.
+
+    Settings that no option reaches are named behind it.
+    """
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    usual = parser.parse_args([])
+    words, beyond = ["atsnn train"], []
+    values = {**dataclasses.asdict(config.model), **dataclasses.asdict(config)}
+    del values["model"]
+    default = config_of(usual)
+    defaults = {**dataclasses.asdict(default.model), **dataclasses.asdict(default)}
+    for name, value in values.items():
+        if name in _DERIVED or value == defaults[name]:
+            continue
+        option = _NAMES.get(name, name)
+        if name == "target" and value is None:
+            words.append("--no-budget")
+        elif not hasattr(usual, option):
+            beyond.append(f"{name}={value}")
+        elif value is True:
+            words.append(f"--{option.replace('_', '-')}")
+        else:
+            text = "none" if value is None else str(value)
+            words.append(f"--{option.replace('_', '-')} {shlex.quote(text)}")
+    return " ".join(words) + (f"  # and {', '.join(beyond)}" if beyond else "")
