@@ -98,13 +98,24 @@ def _token_map(axes: Any, values: Tensor, top: int, colours: str) -> None:
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=5, color=ink)
 
 
+def _verdict(split: Split, index: int, predicted: Tensor) -> tuple[str, bool]:
+    """What is right of an image, and whether it is wrong on the whole."""
+    if predicted.dim() == 0:
+        label, guess = int(split.labels[index]), int(predicted)
+        return f"label {label}\ngot {guess}", label != guess
+    if split.maps is None:
+        return "", False
+    return f"{100 * float((predicted == split.maps[index]).double().mean()):.0f} %\nright", False
+
+
 def depth_map(
     model: ATSpikformer, split: Split, path: str | Path, count: int = 6, start: int = 0
 ) -> Path:
     """Draw images with, for each token, the blocks and timesteps it was computed for.
 
-    A row an image: the image; for each timestep the number of blocks each token ran (its depth);
-    for each block the number of timesteps each token ran.
+    A row an image: the image, and where pixels are classified the classes found; for each
+    timestep the number of blocks each token ran (its depth); for each block the number of
+    timesteps each token ran.
 
     Parameters
     ----------
@@ -127,28 +138,36 @@ def depth_map(
     predicted = trace.logits.argmax(1)
     # A merged token counts where the token that holds it was computed.
     ran = trace.active.gather(3, trace.source.expand(trace.active.shape)).float()
-    side, columns, rows = c.grid, 1 + c.T + c.depth, len(images)
+    pixels = c.task == "pixels"
+    before = 1 + pixels  # columns of pictures
+    side, columns, rows = c.grid, before + c.T + c.depth, len(images)
     by_time, by_block = ran.sum(0), ran.sum(1)  # [T, B, N], [L, B, N]
     figure = Figure(figsize=(1.25 * columns + 1.3, 1.3 * rows + 1.1), dpi=120)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         rows, columns + 1, left=0.09, right=0.93, top=1 - 0.75 / (1.3 * rows + 1.1), bottom=0.03,
-        wspace=0.08, hspace=0.12, width_ratios=[1] * (1 + c.T) + [0.18] + [1] * c.depth,
+        wspace=0.08, hspace=0.12, width_ratios=[1] * (before + c.T) + [0.18] + [1] * c.depth,
     )  # fmt: skip
     shown = []
     for b in range(rows):
         axes = figure.add_subplot(grid[b, 0])
         picture = images[b].movedim(0, -1).squeeze(-1)
         axes.imshow(picture.numpy(), cmap="gray" if picture.dim() == 2 else None, vmin=0, vmax=1)
-        label, guess = int(split.labels[start + b]), int(predicted[b])
-        axes.set_ylabel(f"label {label}\ngot {guess}", rotation=0, ha="right", va="center",
-                        fontsize=8, color="black" if label == guess else "#b00020")  # fmt: skip
+        text, wrong = _verdict(split, start + b, predicted[b])
+        axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8,
+                        color="#b00020" if wrong else "black")  # fmt: skip
         shown.append(axes)
+        if pixels:
+            axes = figure.add_subplot(grid[b, 1])
+            axes.imshow(predicted[b].numpy(), cmap="tab20", vmin=0, vmax=19)
+            if b == 0:
+                axes.set_title("classes", fontsize=8)
+            shown.append(axes)
         if b == 0:
             axes.set_title("image", fontsize=8)
-        maps = [(by_time[t, b], c.depth, f"t = {t + 1}", "viridis", 1 + t) for t in range(c.T)]
+        maps = [(by_time[t, b], c.depth, f"t = {t + 1}", "viridis", before + t) for t in range(c.T)]
         maps += [
-            (by_block[block, b], c.T, f"block {block + 1}", "magma", 2 + c.T + block)
+            (by_block[block, b], c.T, f"block {block + 1}", "magma", before + 1 + c.T + block)
             for block in range(c.depth)
         ]
         for values, top, title, colours, column in maps:
@@ -161,7 +180,7 @@ def depth_map(
         axes.set_xticks([])
         axes.set_yticks([])
     above = 1 - 0.3 / (1.3 * rows + 1.1)
-    left, middle = 0.09 + 0.84 / columns, 0.09 + 0.84 * (1 + c.T) / columns
+    left, middle = 0.09 + 0.84 * before / columns, 0.09 + 0.84 * (before + c.T) / columns
     figure.text(left, above, f"blocks computed at timestep t (of {c.depth})", fontsize=9)
     figure.text(middle + 0.015, above, f"timesteps computed in a block (of {c.T})", fontsize=9)
     share = float(ran.mean())

@@ -27,10 +27,13 @@ def machine_line(m: dict[str, Any]) -> str:
 
 def accuracy_sheet(rows: dict[str, dict[str, Any]]) -> Sheet:
     """Accuracy and executed cells, a model a row."""
-    sheet = Sheet("Accuracy", ["model", "score", "accuracy", "images", "cells executed"])
+    pixels = any(row.get("mean_iou") is not None for row in rows.values())
+    columns = ["model", "score", "accuracy", *["mean IoU"] * pixels, "images", "cells executed"]
+    sheet = Sheet("Accuracy of pixels" if pixels else "Accuracy", columns)
     for name, row in rows.items():
-        sheet.add(name, row.get("score") or "-", percent(row["accuracy"], 2), str(row["images"]),
-                  percent(row["cells"]))  # fmt: skip
+        iou = [percent(row["mean_iou"], 2)] if pixels else []
+        sheet.add(name, row.get("score") or "-", percent(row["accuracy"], 2), *iou,
+                  str(row["images"]), percent(row["cells"]))  # fmt: skip
     return sheet
 
 
