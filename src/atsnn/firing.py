@@ -17,7 +17,7 @@ from .checks import InvalidType, InvalidValue, check_number
 from .nn.blocks import Context
 from .nn.model import ATSpikformer, evaluating
 from .nn.neurons import Neuron
-from .nn.stem import SpikingPatchSplitting, _halve
+from .nn.stem import SpikingPatchSplitting, halve
 
 __all__ = ["set_firing_rates"]
 
@@ -104,15 +104,20 @@ def _adjust(bn: Any, neuron: Neuron, x: Tensor, shown: int, rate: float, pool: s
     shape = (-1, *(1,) * (x.dim() - 3))
     y = (x - mean.view(shape)) / (variance + bn.eps).sqrt().view(shape)
     if pool == "before_lif":
-        y = _halve(y)
+        y = _halved(y)
     if shown > 1:
         y = y.expand(shown, *y.shape[1:])
 
     def fires(bias: float) -> float:
         s = neuron.run(y + bias)[0]
-        return float((_halve(s) if pool == "after_lif" else s).mean())
+        return float((_halved(s) if pool == "after_lif" else s).mean())
 
     bn.bias.fill_(_bisect(fires, rate, -8.0, 8.0))
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Maps ``[T, B, C, H, W]`` pooled."""
+    return halve(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def _adjust_attention(attention: Any, tokens: Tensor, rate: float) -> None:

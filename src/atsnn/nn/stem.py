@@ -8,7 +8,6 @@ from typing import Any
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..checks import certain
 from .blocks import Context, _lif
 from .config import SpikformerConfig
 
@@ -61,13 +60,13 @@ class SpikingPatchSplitting(nn.Module):
             y, still = y.expand(still, *y.shape[1:]), 0
         y = _maps(bn, y)
         if name in self.pooled and not self.pool_spikes:
-            y = _maps(_halve, y)
+            y = _maps(halve, y)
         if still:
             y = y.expand(still, *y.shape[1:])
         y, _ = self._layer("lif", name).run(y)
         context.note(f"{name}_lif", _channels_first(y))
         if name in self.pooled and self.pool_spikes:
-            y = _maps(_halve, y)
+            y = _maps(halve, y)
         return y
 
     def forward(self, x: Tensor, T: int = 0, context: Context | None = None) -> Tensor:
@@ -104,6 +103,6 @@ def _channels_first(x: Tensor) -> Tensor:
     return x.movedim(-1, -3)
 
 
-def _halve(x: Tensor) -> Tensor:
-    # PyTorch takes no images only in the usual order.
-    return nnf.max_pool2d(x.contiguous() if certain(x.shape[0] == 0) else x, 3, 2, 1)
+def halve(x: Tensor) -> Tensor:
+    """Maps ``[M, C, H, W]`` pooled to half their height and width."""
+    return nnf.max_pool2d(x, 3, 2, 1)
