@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,8 +78,12 @@ def sweep(
         log(f"{number}/{len(points)}  {point.label}{seed}")
         model, measured_on, name = _model(point, folder, checkpoint, split, test, progress, log)
         row = rows.get(point.key)
-        if row is None or row["split"] != name:
-            row = {"label": point.label, "seed": point.seed, "split": name,
+        of = {"split": name, "digest": _digest(measured_on)}
+        if checkpoint is not None:
+            of["checkpoint"] = str(checkpoint)
+        # One of other images, or of another checkpoint, is not this one.
+        if row is None or any(row.get(key) != value for key, value in of.items()):
+            row = {"label": point.label, "seed": point.seed, **of,
                    "settings": point.settings} | counted(model, measured_on)  # fmt: skip
             rows[point.key] = row
             _write(folder / ROWS, rows)
@@ -119,6 +124,12 @@ def _model(
     if test and c.validation:
         held_out = data.load(c.data, c.model.image_size, c.data_dir)["test"]
     return load_run(place, c), held_out, name
+
+
+def _digest(split: data.Split) -> str:
+    """Which images these are, as far as their number, their labels and the first one tell."""
+    parts = (split.labels, split.pixels[:1])
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()[:8]
 
 
 def _done(place: Path, config: TrainConfig) -> bool:
