@@ -79,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     evaluate.add_argument("--limit", type=int, help="use the first LIMIT test images only")
     evaluate.add_argument("--halting-off", action="store_true", help="run it as a plain Spikformer")
+    evaluate.add_argument(
+        "--detail", action="store_true",
+        help="where halting happens: by class, by how sure the model is, by what tokens show",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--plot", type=Path, metavar="FILE",
+        help="draw it: for each class the mean image and the blocks its tokens ran (.png)",
+    )  # fmt: skip
     _json_option(evaluate)
 
     show = command("show", _show, "draw images with the depth and timesteps of each token (PNG)")
@@ -364,8 +372,25 @@ def _eval(args: argparse.Namespace) -> int:
     found["score"] = model.config.score if model.config.halting else None
     found["halting"] = model.config.halting
     console.print(accuracy_sheet({args.checkpoint: found}).rich())
+    if args.detail or args.plot is not None:
+        found["detail"] = _detail(console, model, split, args.plot)
     _write_json(args.json, found | {"checkpoint": args.checkpoint, "data": args.data})
     return GOOD
+
+
+def _detail(console: Any, model: Any, split: Any, plot: Path | None) -> dict[str, Any]:
+    from .insight import draw_classes, insight, insight_sheets, to_dict
+
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InvalidValue(f"eval: --plot must end in .png, got {plot}")
+    seen = insight(model, split)
+    for sheet in insight_sheets(seen):
+        console.print(sheet.rich())
+        console.print(sheet.note)
+        console.print()
+    if plot is not None:
+        console.print(f"wrote {draw_classes(seen, split, plot)}")
+    return to_dict(seen)
 
 
 def _show(args: argparse.Namespace) -> int:

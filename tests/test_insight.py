@@ -1,0 +1,98 @@
+"""Where halting happens: counted by hand on a model whose halting is known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import atsnn
+from atsnn import cli, data
+from atsnn.checks import InvalidValue
+from atsnn.insight import Insight, draw_classes, insight, insight_sheets, to_dict
+
+
+@pytest.fixture(scope="module")
+def split():
+    return data.load("digits", 32)["test"][:50]
+
+
+@pytest.fixture(scope="module")
+def found(split):
+    return insight(atsnn.from_pretrained("digits"), split, batch_size=16)
+
+
+def test_it_sees_what_the_model_does(found, split):
+    model = atsnn.from_pretrained("digits")
+    with torch.no_grad():
+        trace = model(split.images, return_trace=True)
+        sure, without = model.without_halting()(split.images).softmax(1).max(1)
+    assert torch.equal(found.predicted, trace.logits.argmax(1))
+    assert torch.equal(found.without, without) and torch.allclose(found.confidence, sure)
+    torch.testing.assert_close(found.cells, trace.active.float().mean((0, 1, 3)))
+    torch.testing.assert_close(found.blocks, trace.depth.float().mean(0))
+    corner = split.images[:, 0, :4, :4].amax((1, 2)) > 0.15
+    assert torch.equal(found.ink[:, 0], corner)
+
+
+def test_merged_tokens_ran_where_their_holder_did(split):
+    model = atsnn.from_pretrained("digits")
+    from atsnn.bench.subject import with_changes
+
+    merging = with_changes(model, merge_r=8)
+    with torch.no_grad():
+        trace = merging(split.images, return_trace=True)
+    assert (trace.source != torch.arange(64)).any()
+    blocks = insight(merging, split).blocks
+    assert (blocks >= trace.active.sum(0).float().mean(0) - 1e-6).all()
+    assert (blocks >= 0.99).all(), "every token runs at least the first block"
+
+
+def test_groups_by_hand():
+    one = Insight(
+        labels=torch.tensor([0, 0, 1, 1]), predicted=torch.tensor([0, 1, 1, 1]),
+        without=torch.tensor([0, 0, 0, 1]), confidence=torch.tensor([0.9, 0.6, 0.5, 0.8]),
+        cells=torch.tensor([0.2, 0.4, 0.6, 0.8]),
+        blocks=torch.tensor([[1.0, 2.0], [1.0, 3.0], [2.0, 2.0], [4.0, 4.0]]),
+        ink=torch.tensor([[True, False], [True, False], [True, True], [False, False]]),
+    )  # fmt: skip
+    numbers = to_dict(one)
+    assert one.lost == 0.25 and one.won == 0.25
+    zero, other = numbers["classes"]
+    assert zero["cells"] == pytest.approx(0.3) and zero["accuracy"] == 0.5
+    assert zero["accuracy_without"] == 1.0 and other["accuracy_without"] == 0.5
+    assert [group["confidence"] for group in numbers["confidence"]] == pytest.approx(
+        [0.5, 0.6, 0.8, 0.9]
+    )
+    assert [group["cells"] for group in numbers["confidence"]] == pytest.approx(
+        [0.6, 0.4, 0.8, 0.2]
+    )
+    assert numbers["blocks_on_ink"] == 1.5 and numbers["blocks_on_background"] == pytest.approx(
+        3.25
+    )
+    by_class, by_confidence, by_ink = insight_sheets(one)
+    assert by_class.rows[0] == ["0", "2", "30.0 %", "50.00 %", "100.00 %"]
+    assert "25.00 % of the images from right to wrong" in by_confidence.note
+    assert by_ink.rows[1] == ["background", "50.0 %", "3.25"]
+
+
+def test_the_picture_and_the_command(found, split, tmp_path, capsys):
+    path = draw_classes(found, split, tmp_path / "deep" / "classes.png")
+    assert path.stat().st_size > 20_000
+    options = ["eval", "--limit", "30", "--detail", "--json", str(tmp_path / "e.json")]
+    assert cli.main([*options, "--plot", str(tmp_path / "b.png")]) == 0
+    out = capsys.readouterr().out
+    assert "By class" in out and "halting off" in out and "blocks run" in out
+    detail = json.loads((tmp_path / "e.json").read_text())["detail"]
+    assert sum(group["images"] for group in detail["classes"]) == 30
+    assert cli.main([*options, "--plot", str(tmp_path / "b.gif")]) == 2
+
+
+def test_models_of_pixels_and_empty_splits_are_refused(split):
+    pixels = atsnn.SpikformerConfig(image_size=32, in_channels=1, embed_dim=16, num_heads=2,
+                                    depth=1, T=1, task="pixels")  # fmt: skip
+    with pytest.raises(InvalidValue, match="expected a model of an image's class"):
+        insight(atsnn.ATSpikformer(pixels), split)
+    with pytest.raises(InvalidValue, match="at least one image"):
+        insight(atsnn.from_pretrained("digits"), split[:0])
