@@ -9,6 +9,7 @@ import torch
 
 import atsnn
 from atsnn import cli, data
+from atsnn.bench.subject import with_changes
 from atsnn.checks import InvalidValue
 from atsnn.insight import Insight, draw_classes, insight, insight_sheets, to_dict
 
@@ -36,17 +37,15 @@ def test_it_sees_what_the_model_does(found, split):
     assert torch.equal(found.ink[:, 0], corner)
 
 
-def test_merged_tokens_ran_where_their_holder_did(split):
-    model = atsnn.from_pretrained("digits")
-    from atsnn.bench.subject import with_changes
-
-    merging = with_changes(model, merge_r=8)
+def test_a_merged_token_ran_as_far_as_its_holder(split):
+    merging = with_changes(atsnn.from_pretrained("digits"), merge_r=8)
     with torch.no_grad():
         trace = merging(split.images, return_trace=True)
-    assert (trace.source != torch.arange(64)).any()
+    away = trace.source != torch.arange(64)
+    assert away.any()
     blocks = insight(merging, split).blocks
-    assert (blocks >= trace.active.sum(0).float().mean(0) - 1e-6).all()
-    assert (blocks >= 0.99).all(), "every token runs at least the first block"
+    assert (blocks[away] > trace.active.sum(0).float().mean(0)[away]).any()
+    assert (blocks >= 1).all(), "every token runs the first block"
 
 
 def test_groups_by_hand():

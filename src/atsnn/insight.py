@@ -79,14 +79,12 @@ def insight(model: ATSpikformer, split: Split, batch_size: int = 128) -> Insight
         for start in range(0, len(split), batch_size):
             images = split[start : start + batch_size].images
             trace = model(images, return_trace=True, firing_rates=False)
-            # A token that was merged away ran where the one that holds it did.
-            ran = trace.active.gather(3, trace.source.expand(trace.active.shape)).float()
             sure, without = plain(images).softmax(1).max(1)
             patches = torch.nn.functional.max_pool2d(images.amax(1, keepdim=True), c.patch)
             parts.append(
                 (
                     trace.logits.argmax(1), without, sure, trace.active.float().mean((0, 1, 3)),
-                    ran.sum(0).mean(0), patches.flatten(1) > INK,
+                    trace.depth.float().mean(0), patches.flatten(1) > INK,
                 )
             )  # fmt: skip
     return Insight(split.labels, *(torch.cat(found) for found in zip(*parts, strict=True)))
