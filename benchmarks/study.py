@@ -84,17 +84,21 @@ class Part:
 def _fashion() -> Part:
     model = SpikformerConfig(image_size=28, in_channels=1, embed_dim=48, num_heads=3)
     base = TrainConfig(
-        model, data="fashion-mnist", validation=5000, epochs=4, lr=0.01, flip=True, target=None
+        model, data="fashion-mnist", validation=5000, epochs=4, lr=0.01, flip=True,
+        precision="bf16", target=None
     )
-    halting = {**HALTING, "target": 0.4}
+    halting = {**HALTING, "target": 0.55}
     return Part(
         "Fashion-MNIST, 55,000 training images, 28x28, 49 tokens",
         base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
         {
             "plain": PLAIN,
             "halting": halting,
-            "halting + merging": {**halting, "target": 0.45, "merge_r": 4},
-            "static schedule": {"halting": "depth", "policy": "static:4,3,1,1"},
+            "static 4,3,1,1": {"halting": "depth", "policy": "static:4,3,1,1"},
+            "static 3,3,2,1": {"halting": "depth", "policy": "static:3,3,2,1"},
+            "static 3,2,2,2": {"halting": "depth", "policy": "static:3,2,2,2"},
+            "halting, 40 %": {**HALTING, "target": 0.4},
+            "halting + merging": {**halting, "target": 0.5, "merge_r": 4},
             "merging": {**PLAIN, "merge_r": 8},
             "merging, random pairs": {**PLAIN, "merge_r": 8, "merge_match": "random"},
             "halting, depth (A-ViT at each t)": {**halting, "halting": "depth"},
@@ -111,7 +115,37 @@ def _fashion() -> Part:
     )  # fmt: skip
 
 
-PARTS: dict[str, Callable[[], Part]] = {"fashion": _fashion}
+def _cluttered() -> Part:
+    model = SpikformerConfig(
+        image_size=64, in_channels=1, embed_dim=32, num_heads=2, mlp_ratio=2, T=2
+    )
+    base = TrainConfig(
+        model, data="cluttered-digits", validation=2000, epochs=6, batch_size=32, lr=0.01,
+        precision="bf16", target=None,
+    )  # fmt: skip
+    return Part(
+        "one digit at a random place and scale among strokes of others, 64x64, 256 tokens",
+        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
+        {
+            "plain": PLAIN,
+            "halting 37 %": {**HALTING, "target": 0.365},
+            "static 2,1": {"halting": "depth", "policy": "static:2,1"},
+            "halting 25 %": {**HALTING, "target": 0.25},
+            "static 1,1": {"halting": "depth", "policy": "static:1,1"},
+            "halting 50 %": {**HALTING, "target": 0.49},
+            "static 2,2": {"halting": "depth", "policy": "static:2,2"},
+            "static 3,1": {"halting": "depth", "policy": "static:3,1"},
+        },
+        {
+            "1 block": {**PLAIN, "depth": 1},
+            "2 blocks": {**PLAIN, "depth": 2},
+            "3 blocks": {**PLAIN, "depth": 3},
+            "1 timestep": {**PLAIN, "T": 1},
+        },
+    )  # fmt: skip
+
+
+PARTS: dict[str, Callable[[], Part]] = {"cluttered": _cluttered, "fashion": _fashion}
 
 
 def run(name: str, seeds: list[int], runs: Path, methods: list[str] | None) -> None:

@@ -107,7 +107,9 @@ def test_the_wheel_holds_kernels_and_checkpoints(sdist, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("atsnn/kernels/__init__.py", "atsnn/nn/model.py", "atsnn/py.typed",
+    modules = [str(path.relative_to(ROOT / "src")) for path in ROOT.glob("src/atsnn/**/*.py")]
+    assert len(modules) > 50
+    for name in (*modules, "atsnn/kernels/__init__.py", "atsnn/py.typed",
                  "atsnn/checkpoints/digits/model.safetensors"):  # fmt: skip
-        assert name in names
+        assert name in names, name
     assert not any(name.startswith(("kernels/", "tests/", "csrc/")) for name in names)
