@@ -1,12 +1,14 @@
 """Does halting pay? The runs behind docs/results/study.md.
 
-    python benchmarks/study.py --list                  every part, its runs and their time
+    python benchmarks/study.py                         every part, its runs and what is done
     python benchmarks/study.py fashion --seeds 0 1     train and test; goes on where it stopped
-    python benchmarks/study.py fashion --latency       time the trained models, on a quiet machine
+    python benchmarks/study.py fashion --latency       time seed 0's models, on a quiet machine
+    python benchmarks/study.py --all --jobs 2          all of it, a process for each core
 
 A part trains a plain Spikformer from scratch and goes on from its weights with every method, the
 plain one too, so that all have had the same epochs, images and seeds. What is compared is thus the
-method and not the luck of a start. Results are rows of docs/results/study/PART-SEED.json.
+method and not the luck of a start. Results are rows of docs/results/study/PART-SEED.json, of which
+``study_page.py`` makes the page.
 """
 
 from __future__ import annotations
@@ -14,163 +16,143 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from atsnn import SpikformerConfig, data
+from study_parts import FIRST, PARTS, Part
+
+from atsnn import data
+from atsnn.insight import insight
+from atsnn.insight import to_dict as detail_of
 from atsnn.measure import machine
 from atsnn.sweep import Point, load_run, sweep
 from atsnn.sweep.measure import timed
-from atsnn.train import TrainConfig
-from atsnn.train.settings import with_settings
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "study"
-FIRST = "pretrained"  # the plain network that the others go on from
-
-PLAIN = {"halting": None}
-HALTING = {"halting": "rectangle"}
+TIMED = (1, 16)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One task with its methods.
-
-    Attributes
-    ----------
-    about : str
-    base : TrainConfig
-        Of the first phase: a plain network from scratch.
-    second : dict
-        Settings of the second phase, in which methods go on from it.
-    methods : dict
-        By label the settings that differ in the second phase.
-    alone : dict
-        By label the settings of networks of their own, trained from scratch for as many epochs as
-        both phases have.
-    seeds : int
-        How many the study runs; ``more`` of them for the methods named in ``headline``.
-    """
-
-    about: str
-    base: TrainConfig
-    second: dict[str, Any]
-    methods: dict[str, dict[str, Any]]
-    alone: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seeds: int = 3
-    headline: tuple[str, ...] = ()
-    more: int = 0
-
-    def points(self, seed: int, runs: Path) -> tuple[Point, list[Point]]:
-        """The first phase's run and those of all methods, for a seed."""
-        base = with_settings(self.base, {"seed": seed, "target": None})
-        first = Point(FIRST, config=base)
-        init = str(runs / first.key)
-        found = [
-            Point(label, config=with_settings(base, {**self.second, "init": init, **changes}))
-            for label, changes in self.methods.items()
-            if seed < self.seeds or label in self.headline
-        ]
-        epochs = self.base.epochs + self.second["epochs"]
-        found += [
-            Point(label, config=with_settings(base, {"epochs": epochs, **changes}))
-            for label, changes in self.alone.items()
-            if seed < self.seeds
-        ]
-        return first, found
+def run(name: str, seed: int, runs: Path, methods: Sequence[str] | None) -> None:
+    """Train and test what is not yet, for a seed; a row is written as soon as it is known."""
+    folder = runs / f"{name}-{seed}"
+    for point in _points(PARTS[name](), seed, folder, methods):
+        begun = time.monotonic()
+        (row,) = sweep([point], folder, test=True, batches=(), log=_say)["rows"]
+        row = {key: value for key, value in row.items() if key != "settings"}
+        row |= _learned(folder / point.key)
+        row |= _detail(point, folder)
+        # Of an earlier run of this script, if the training was done then.
+        row["minutes"] = round((time.monotonic() - begun) / 60, 1)
+        _keep(name, seed, [row])
 
 
-def _fashion() -> Part:
-    model = SpikformerConfig(image_size=28, in_channels=1, embed_dim=48, num_heads=3)
-    base = TrainConfig(
-        model, data="fashion-mnist", validation=5000, epochs=4, lr=0.01, flip=True,
-        precision="bf16", target=None
-    )
-    halting = {**HALTING, "target": 0.55}
-    return Part(
-        "Fashion-MNIST, 55,000 training images, 28x28, 49 tokens",
-        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
-        {
-            "plain": PLAIN,
-            "halting": halting,
-            "static 4,3,1,1": {"halting": "depth", "policy": "static:4,3,1,1"},
-            "static 3,3,2,1": {"halting": "depth", "policy": "static:3,3,2,1"},
-            "static 3,2,2,2": {"halting": "depth", "policy": "static:3,2,2,2"},
-            "halting, 40 %": {**HALTING, "target": 0.4},
-            "halting + merging": {**halting, "target": 0.5, "merge_r": 4},
-            "merging": {**PLAIN, "merge_r": 8},
-            "merging, random pairs": {**PLAIN, "merge_r": 8, "merge_match": "random"},
-            "halting, depth (A-ViT at each t)": {**halting, "halting": "depth"},
-            "halting, sequential": {**halting, "halting": "sequential"},
-            "constant score": {**halting, "score": "constant"},
-            "random halting": {"halting": "depth", "policy": "random:0.5625"},
-            "top tokens by firing": {"halting": "depth", "policy": "top:0.6,0.4,0.25"},
-        },
-        {
-            "2 blocks": {**PLAIN, "depth": 2},
-            "2 timesteps": {**PLAIN, "T": 2},
-        },
-        headline=("plain", "halting", "halting + merging", "static schedule"), more=5,
-    )  # fmt: skip
+def latency(name: str, runs: Path, methods: Sequence[str] | None) -> None:
+    """Time the trained models of seed 0 in turns."""
+    part, folder = PARTS[name](), runs / f"{name}-0"
+    points = _points(part, 0, folder, methods)
+    rows = [row for row in read(name, 0) if row["label"] in [p.label for p in points]]
+    models = {p.label: load_run(folder / p.key, _config(p)) for p in points}
+    c = part.base
+    images = data.load(c.data, c.model.image_size, c.data_dir)["test"][: max(TIMED)].images
+    for label, found in timed(models, images, TIMED, rounds=21).items():
+        for row in rows:
+            if row["label"] == label:
+                row |= {"latency_ms": found, "latency_machine": machine()}
+    _keep(name, 0, rows)
 
 
-def _cluttered() -> Part:
-    model = SpikformerConfig(
-        image_size=64, in_channels=1, embed_dim=32, num_heads=2, mlp_ratio=2, T=2
-    )
-    base = TrainConfig(
-        model, data="cluttered-digits", validation=2000, epochs=6, batch_size=32, lr=0.01,
-        precision="bf16", target=None,
-    )  # fmt: skip
-    return Part(
-        "one digit at a random place and scale among strokes of others, 64x64, 256 tokens",
-        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
-        {
-            "plain": PLAIN,
-            "halting 37 %": {**HALTING, "target": 0.365},
-            "static 2,1": {"halting": "depth", "policy": "static:2,1"},
-            "halting 25 %": {**HALTING, "target": 0.25},
-            "static 1,1": {"halting": "depth", "policy": "static:1,1"},
-            "halting 50 %": {**HALTING, "target": 0.49},
-            "static 2,2": {"halting": "depth", "policy": "static:2,2"},
-            "static 3,1": {"halting": "depth", "policy": "static:3,1"},
-        },
-        {
-            "1 block": {**PLAIN, "depth": 1},
-            "2 blocks": {**PLAIN, "depth": 2},
-            "3 blocks": {**PLAIN, "depth": 3},
-            "1 timestep": {**PLAIN, "T": 1},
-        },
-    )  # fmt: skip
+def read(name: str, seed: int) -> list[dict[str, Any]]:
+    """The rows that there are for a seed."""
+    path = _path(name, seed)
+    return list(json.loads(path.read_text())["rows"]) if path.is_file() else []
 
 
-PARTS: dict[str, Callable[[], Part]] = {"cluttered": _cluttered, "fashion": _fashion}
+def _path(name: str, seed: int) -> Path:
+    return RESULTS / f"{name}-{seed}.json"
 
 
-def run(name: str, seeds: list[int], runs: Path, methods: list[str] | None) -> None:
-    """Train and test what is not yet, seed by seed."""
-    part = PARTS[name]()
-    for seed in seeds:
-        folder = runs / f"{name}-{seed}"
-        first, points = part.points(seed, folder)
-        if methods is not None:
-            points = [point for point in points if point.label in methods]
-        result = sweep([first, *points], folder, test=True, batches=(), log=_say)
-        path = RESULTS / f"{name}-{seed}.json"
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(path.read_text())["rows"] if path.is_file() else []
-        rows = {row["label"]: row for row in kept} | {
-            row["label"]: _short(row) for row in result["rows"]
-        }
-        path.write_text(
-            json.dumps({"part": name, "seed": seed, "rows": list(rows.values())}, indent=1) + "\n"
-        )
+def _keep(name: str, seed: int, rows: list[dict[str, Any]]) -> None:
+    """Write rows beside those of other labels; what an older row of a label has on top stays."""
+    kept = {row["label"]: row for row in read(name, seed)}
+    for row in rows:
+        old = kept.get(row["label"], {})
+        if old.get("accuracy") == row["accuracy"]:  # measured again, not trained again
+            row = {**old, **row, "minutes": old.get("minutes", row["minutes"])}
+        kept[row["label"]] = row
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    found = {"part": name, "seed": seed, "rows": list(kept.values())}
+    _path(name, seed).write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without what the part says already."""
-    return {key: value for key, value in row.items() if key != "settings"}
+def _points(part: Part, seed: int, folder: Path, methods: Sequence[str] | None) -> list[Point]:
+    first, points = part.points(seed, folder)
+    known = [first.label, *(point.label for point in points)]
+    unknown = sorted(set(methods or ()) - set(known))
+    if unknown:
+        raise SystemExit(f"expected methods of seed {seed} among {known}, got {unknown}")
+    return [first, *(p for p in points if methods is None or p.label in methods)]
+
+
+def _config(point: Point) -> Any:
+    assert point.config is not None
+    return point.config
+
+
+def _learned(run: Path) -> dict[str, float]:
+    """What the last epoch gave on the validation images."""
+    last = json.loads((run / "training.json").read_text())["history"][-1]
+    return {key: value for key, value in last.items() if key.startswith("validation_")}
+
+
+def _detail(point: Point, folder: Path) -> dict[str, Any]:
+    """Of a model that learned to halt: for which images and tokens, and what was lost by it."""
+    c = _config(point)
+    if not c.halts or c.model.task != "classes":
+        return {}
+    images = data.load(c.data, c.model.image_size, c.data_dir)["test"]
+    return {"detail": detail_of(insight(load_run(folder / point.key, c), images))}
+
+
+def everything(runs: Path, jobs: int) -> None:
+    """Every seed of every part, in ``jobs`` processes of one thread, then the timing."""
+    seeds = {name: max(part.seeds, part.more) for name, part in _parts().items()}
+    command = [sys.executable, __file__, "--runs", str(runs)]
+    # As `make bench-X` has it: glibc is not to give memory back and fault it in again.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": str(2**32),
+                        "MALLOC_MMAP_THRESHOLD_": str(2**25)}  # fmt: skip
+    tasks = [[name, "--seeds", str(seed)] for name, count in seeds.items() for seed in range(count)]
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(lambda task: subprocess.run([*command, *task], env=env).returncode, tasks)
+        failed = [task for task, code in zip(tasks, done, strict=True) if code]
+    if failed:
+        raise SystemExit(f"failed: {failed}")
+    for name in seeds:
+        subprocess.run([*command, name, "--latency"], check=True)
+
+
+def _parts() -> dict[str, Part]:
+    return {name: make() for name, make in PARTS.items()}
+
+
+def overview() -> None:
+    """Every part, its methods and the seeds that are done."""
+    total = 0.0
+    for name, part in _parts().items():
+        print(f"{name}: {part.title}, {part.about}")
+        labels = [FIRST, *part.methods, *part.alone]
+        most = max(part.seeds, part.more)
+        found = {seed: {row["label"]: row for row in read(name, seed)} for seed in range(most)}
+        for label in labels:
+            wanted = [s for s in range(most) if label == FIRST or part.runs_on(label, s)]
+            minutes = sum(found[s][label]["minutes"] for s in wanted if label in found[s])
+            done, total = sum(label in found[s] for s in wanted), total + minutes
+            print(f"  {label:<34} {done} of {len(wanted)} seeds, {minutes:4.0f} core minutes")
+    print(f"all that is done: {total / 60:.1f} core hours")
 
 
 def _say(line: str) -> None:
@@ -179,12 +161,23 @@ def _say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS, nargs="?")
+    parser.add_argument("part", choices=PARTS, nargs="?", help="none: say what there is")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--methods", nargs="+", metavar="LABEL", help="these only")
+    parser.add_argument("--latency", action="store_true", help="time what seed 0 trained")
+    parser.add_argument("--all", action="store_true", help="everything that is not done yet")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes for --all")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
-    run(args.part, args.seeds, args.runs, args.methods)
+    if args.all:
+        everything(args.runs, args.jobs)
+    elif args.part is None:
+        overview()
+    elif args.latency:
+        latency(args.part, args.runs, args.methods)
+    else:
+        for seed in args.seeds:
+            run(args.part, seed, args.runs, args.methods)
 
 
 if __name__ == "__main__":

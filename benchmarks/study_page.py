@@ -1,0 +1,220 @@
+"""Write the tables, the pictures and the JSON of docs/results/study.md from the study's rows.
+
+python benchmarks/study_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import study
+from scipy import stats
+from study_parts import PARTS, Part
+
+from atsnn.bench.plots import COLOURS, Plot, save
+from atsnn.sheets import percent
+from atsnn.sweep.output import Summary, summaries, with_spread
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "results" / "study.md"
+FIGURES = DOCS / "results" / "study.json"
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a method's accuracies to those of another on the same seeds.
+
+    Attributes
+    ----------
+    mean : float
+    bound : float
+        How far the two-sided 95 % interval (Student's t over the seeds) reaches from it.
+    seeds : int
+    """
+
+    mean: float
+    bound: float
+    seeds: int
+
+    def __str__(self) -> str:
+        """``-0.12 ± 0.20``, in points of accuracy."""
+        if self.seeds < 2:
+            return f"{100 * self.mean:+.2f}"
+        return f"{100 * self.mean:+.2f} ± {100 * self.bound:.2f}"
+
+
+def difference(ours: Summary, theirs: Summary, name: str = "accuracy") -> Difference | None:
+    """Paired by seed; ``None`` where there is no seed that both have."""
+    other = {row["seed"]: row[name] for row in theirs.rows}
+    pairs = [row[name] - other[row["seed"]] for row in ours.rows if row["seed"] in other]
+    if not pairs:
+        return None
+    mean, n = statistics.fmean(pairs), len(pairs)
+    if n < 2:
+        return Difference(mean, math.inf, n)
+    return Difference(
+        mean, float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(pairs) / math.sqrt(n), n
+    )
+
+
+def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
+    """All rows of a part, methods in its order."""
+    found = [row for seed in range(max(part.seeds, part.more)) for row in study.read(name, seed)]
+    order = [*part.methods, *part.alone]
+    kept = [row for row in found if row["label"] in order]
+    return sorted(kept, key=lambda row: order.index(row["label"]))
+
+
+def table(name: str, part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a method, as Markdown."""
+    found = summaries(rows)
+    plain = next((s for s in found if s.label == PLAIN), None)
+    value = _value(rows)
+    timed = any(s.mean("latency_ms.1") is not None for s in found)
+    head = ["method", "seeds", NAMES[value], "to plain", "cells", "FLOPs", "SOPs", "energy"]
+    head += ["ms at batch 1", "ms an image at 16"] * timed
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for s in found:
+        if s.label in part.alone and next(iter(part.alone)) == s.label:
+            lines.append("| *of their own, from scratch* " + "| " * (len(head) - 1) + "|")
+        to = None if plain is None or s is plain else difference(s, plain, value)
+        cells = [s.label, str(len(s.rows)), with_spread(s, value), "" if to is None else str(to)]
+        cells += [percent(s.mean(k)) for k in ("cells", "flops_share", "sops_share")]
+        cells.append(percent(s.mean("energy_share")))
+        if timed:
+            cells += [_number(s.mean(f"latency_ms.{size}")) for size in study.TIMED]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+NAMES = {"accuracy": "test accuracy", "mean_iou": "mean IoU"}
+
+
+def _value(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "mean_iou" if any(row.get("mean_iou") is not None for row in rows) else "accuracy"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def choices(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the validation images said of the candidates, for seed 0."""
+    lines = ["| candidate | validation accuracy | cells |", "|---|---:|---:|"]
+    lines += [
+        f"| {row['label']} | {percent(row['validation_accuracy'], 2)} | "
+        f"{percent(row['validation_cells'])} |"
+        for row in rows
+        if row["seed"] == 0 and row["label"].startswith("static")
+    ]
+    return "\n".join(lines)
+
+
+def details(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For which images and tokens a halting network spends its cells, and what it loses."""
+    head = ["method", "seeds", "least sure fifth", "surest fifth", "objects", "background",
+            "right to wrong", "wrong to right"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for s in summaries([row for row in rows if "detail" in row]):
+        found = [row["detail"] for row in s.rows]
+
+        def mean(pick: Any, found: Any = found) -> float:
+            return statistics.fmean(pick(one) for one in found)
+
+        lines.append(
+            f"| {s.label} | {len(found)} | "
+            f"{percent(mean(lambda d: d['confidence'][0]['cells']))} | "
+            f"{percent(mean(lambda d: d['confidence'][-1]['cells']))} | "
+            f"{mean(lambda d: d['blocks_on_ink']):.2f} | "
+            f"{mean(lambda d: d['blocks_on_background']):.2f} | "
+            f"{percent(mean(lambda d: d['lost']), 2)} | {percent(mean(lambda d: d['won']), 2)} |"
+        )
+    return "\n".join(lines)
+
+
+def kind_of(label: str) -> str:
+    """What a method is drawn as."""
+    for kind in ("halting", "static", "merging"):
+        if label.startswith(kind):
+            return kind
+    return "plain" if label == PLAIN else "other"
+
+
+KINDS = ("plain", "halting", "static", "merging", "other")
+MARKS = dict(zip(KINDS, "D^sov", strict=True))
+
+
+def picture(part: Part, rows: Sequence[Mapping[str, Any]]) -> Plot:
+    """Accuracy against the share of cells, one point a method."""
+    value = _value(rows)
+    found = [s for s in summaries(rows) if s.label in part.methods]
+
+    def draw(axes: Any) -> None:
+        seen: set[str] = set()
+        for s in found:
+            kind = kind_of(s.label)
+            spread = s.spread(value)
+            axes.errorbar(
+                100 * (s.mean("cells") or 0), 100 * (s.mean(value) or 0),
+                yerr=None if spread is None else 100 * spread, capsize=2, elinewidth=0.8,
+                marker=MARKS[kind], color=COLOURS[KINDS.index(kind)], markersize=5,
+                linestyle="none", label=None if kind in seen else kind,
+            )  # fmt: skip
+            seen.add(kind)
+        axes.set_xlabel("share of cells executed, %")
+        axes.set_ylabel(f"{NAMES[value]}, %")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
+
+    return Plot(part.title, draw, f"{part.title}: {NAMES[value]} against share of cells executed.")
+
+
+def figures(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A row a task and method, for machines."""
+    return [
+        {
+            "task": name, "method": s.label, "seeds": sorted(row["seed"] for row in s.rows),
+            "accuracy": [row[_value(rows)] for row in sorted(s.rows, key=lambda row: row["seed"])],
+            "measure": _value(rows),
+            "cells": s.mean("cells"),
+            "latency_ms": next(
+                (row["latency_ms"] for row in s.rows if "latency_ms" in row), None
+            ),
+        }
+        for name, rows in parts.items() for s in summaries(rows)
+    ]  # fmt: skip
+
+
+def fill(page: Path, texts: Mapping[str, str]) -> None:
+    """Replace what stands between ``<!-- NAME -->`` and ``<!-- end -->``."""
+    text = page.read_text()
+    for name, new in texts.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text)
+    page.write_text(text)
+
+
+def main() -> None:
+    parts = {name: rows_of(name, make()) for name, make in PARTS.items()}
+    parts = {name: rows for name, rows in parts.items() if rows}
+    texts = {}
+    for name, rows in parts.items():
+        part = PARTS[name]()
+        texts[f"table {name}"] = table(name, part, rows)
+        texts[f"choices {name}"] = choices(part, rows)
+        texts[f"details {name}"] = details(rows)
+    fill(PAGE, texts)
+    FIGURES.write_text(json.dumps(figures(parts), indent=1) + "\n")
+    save([picture(PARTS[name](), rows) for name, rows in parts.items()], DOCS / "study.png")
+
+
+if __name__ == "__main__":
+    main()
