@@ -1,0 +1,132 @@
+"""The study's bookkeeping: what is run, what is compared with what, and what the page says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "benchmarks"))
+
+import study  # noqa: E402
+import study_page  # noqa: E402
+import study_parts  # noqa: E402
+
+from atsnn import SpikformerConfig  # noqa: E402
+from atsnn.sweep.output import Summary  # noqa: E402
+from atsnn.train import TrainConfig  # noqa: E402
+
+
+def tiny() -> study_parts.Part:
+    model = SpikformerConfig(
+        image_size=16, in_channels=1, embed_dim=8, depth=2, num_heads=2, mlp_ratio=1, T=2
+    )
+    base = TrainConfig(model, limit=64, batch_size=16, epochs=1, validation=64, target=None)
+    return study_parts.Part(
+        "Tiny", "for a test", base, {"epochs": 1, "lr": 0.01},
+        {
+            "plain": study_parts.PLAIN,
+            "halting": {**study_parts.HALTING, "target": 0.8},
+            "static 2,1": study_parts.static(2, 1),
+            "static 1,1": study_parts.static(1, 1),
+        },
+        {"1 block": {**study_parts.PLAIN, "depth": 1}},
+        seeds=1, headline=("plain", "halting"), more=2, candidates=("static 1,1",),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path):
+    monkeypatch.setitem(study.PARTS, "tiny", tiny)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "rows")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(study_parts.PARTS))
+def test_every_method_of_a_part_is_a_run_of_its_own(name, tmp_path):
+    part = study_parts.PARTS[name]()
+    budget = part.base.epochs + part.second["epochs"]
+    for seed in range(max(part.seeds, part.more)):
+        first, points = part.points(seed, tmp_path)
+        assert len({point.key for point in (first, *points)}) == len(points) + 1
+        assert first.config.model.halting is None and first.config.init is None
+        for point in points:
+            c = point.config
+            assert c.seed == seed and c.validation > 0
+            # All have seen the same images as often.
+            assert c.epochs + (first.config.epochs if c.init else 0) == budget
+            assert c.init in (None, str(tmp_path / first.key))
+
+
+def test_who_runs_with_which_seed():
+    part = tiny()
+    labels = [[p.label for p in part.points(seed, Path("runs"))[1]] for seed in (0, 1)]
+    assert labels == [
+        ["plain", "halting", "static 2,1", "static 1,1", "1 block"], ["plain", "halting"],
+    ]  # fmt: skip
+
+
+def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
+    study.run("tiny", 0, place / "runs", None)
+    study.run("tiny", 1, place / "runs", ["plain", "halting"])
+    rows = {row["label"]: row for row in study.read("tiny", 0)}
+    assert set(rows) == {"pretrained", "plain", "halting", "static 2,1", "static 1,1", "1 block"}
+    assert all(row["split"] == "test" and row["images"] == 360 for row in rows.values())
+    assert rows["static 2,1"]["cells"] == 0.75 and rows["plain"]["cells"] == 1
+    assert "validation_accuracy" in rows["halting"]
+    assert set(rows["halting"]["detail"]) > {"lost", "won", "confidence"}
+    assert "detail" not in rows["static 2,1"]
+
+    # Again: nothing is trained, nothing is lost.
+    monkeypatch.setattr("atsnn.sweep.run.train", None)
+    study.run("tiny", 0, place / "runs", ["halting"])
+    again = {row["label"]: row for row in study.read("tiny", 0)}
+    assert again == rows
+
+    study.latency("tiny", place / "runs", ["plain", "static 2,1"])
+    timed = {row["label"]: row.get("latency_ms") for row in study.read("tiny", 0)}
+    assert set(timed["plain"]) == {"1", "16"} and timed["halting"] is None
+
+    part = tiny()
+    found = study_page.rows_of("tiny", part)
+    assert [(row["label"], row["seed"]) for row in found][:3] == [
+        ("plain", 0), ("plain", 1), ("halting", 0)
+    ]  # fmt: skip
+    text = study_page.table("tiny", part, found)
+    assert text.count("\n") == 7 and "ms at batch 1" in text
+    (figure,) = (f for f in study_page.figures({"tiny": found}) if f["method"] == "plain")
+    assert figure["seeds"] == [0, 1] and figure["accuracy"][0] == rows["plain"]["accuracy"]
+    assert set(figure["latency_ms"]) == {"1", "16"}
+    assert study_page.details(found).count("\n") == 2
+    json.dumps(study_page.figures({"tiny": found}))
+
+
+def test_a_method_that_there_is_not_is_refused(place):
+    with pytest.raises(SystemExit, match=r"expected methods of seed 1 .* got \['static 1,1'\]"):
+        study.run("tiny", 1, place / "runs", ["static 1,1"])
+
+
+def test_differences_are_paired_by_seed():
+    ours = Summary("a", tuple({"seed": s, "accuracy": x} for s, x in enumerate((0.5, 0.7, 0.9))))
+    theirs = Summary("b", tuple({"seed": s, "accuracy": x} for s, x in enumerate((0.4, 0.5, 0.9))))
+    found = study_page.difference(ours, theirs)
+    low, high = stats.ttest_rel((0.5, 0.7, 0.9), (0.4, 0.5, 0.9)).confidence_interval(0.95)
+    assert found.mean - found.bound == pytest.approx(low)
+    assert found.mean + found.bound == pytest.approx(high)
+    assert str(found) == "+10.00 ± 24.84"
+    other = Summary("c", ({"seed": 7, "accuracy": 0.1},))
+    assert study_page.difference(ours, other) is None
+    one = Summary("d", ({"seed": 1, "accuracy": 0.6},))
+    assert str(study_page.difference(ours, one)) == "+10.00"
+
+
+def test_tables_are_put_between_their_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n")
+    study_page.fill(page, {"one": r"new \1", "absent": "x"})
+    want = "a\n<!-- one -->\nnew \\1\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    assert page.read_text() == want
