@@ -251,3 +251,20 @@ def test_the_command_of_a_run_makes_it(changes):
     words = shlex.split(command_of(config))
     assert words[:2] == ["atsnn", "train"]
     assert config_of(parser.parse_args(words[2:])) == config
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGED))
+def test_what_ships_has_a_card(name):
+    """Data, command, seed, accuracy and share of cells; the command is one of this version."""
+    folder = PACKAGED[name]
+    extra = checkpoint.read_config(folder)["extra"]
+    model = atsnn.from_pretrained(name)
+    assert (folder / CARD).read_text() == model_card(model.config, extra, name)
+    assert {"data", "command", "seed", "epochs", "test_accuracy", "test_cells"} <= set(extra)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    words = shlex.split(extra["command"])
+    assert words[:2] == ["atsnn", "train"]
+    config = config_of(parser.parse_known_args(words[2:])[0])
+    assert config.model == model.config and config.data == extra["data"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
