@@ -11,7 +11,7 @@ PY_FILES := src kernels tests benchmarks setup.py
 BARRED := neuron linear attention model halting training growth
 SUITE := $(BARRED) merging layout dropin
 
-.PHONY: help bench bars bench-compare bench-gpu gpu-report profile test asan fuzz lint format build \
+.PHONY: help bench bars bench-compare bench-gpu gpu-report study results profile test asan fuzz lint format build \
   clean $(addprefix bench-,$(SUITE))
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make bench-compare   what got slower: HEAD~1 against the working tree, or BASE=rev HEAD=rev"
 	@echo "make bench-gpu       time the Triton kernels against SpikingJelly's and PyTorch compiled"
 	@echo "make gpu-report      what the compiled Triton kernels take and move, without a GPU (docs/gpu.md)"
+	@echo "make study    what halting does to accuracy, into docs/results/study.md (a night on two cores)"
+	@echo "make results  which command made which numbers of the documents, and how long it takes"
 	@echo "make profile  where the engine's time goes, and how far each part is from its limit"
 	@echo "make test     set up and run the tests"
 	@echo "make asan     build and run the kernels' own tests under the address and UB sanitizers"
@@ -87,6 +89,14 @@ bench-gpu: build
 # Registers, spills, widths and bytes of every kernel for three GPUs, into docs/gpu.md.
 gpu-report: build
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu_report.py --write
+
+# Goes on where it stopped: runs/study holds the networks.
+study: build
+	$(BIN)/python benchmarks/study.py --all
+	$(BIN)/python benchmarks/study_page.py
+
+results: build
+	@$(BIN)/python benchmarks/results.py
 
 # The table of benchmarks/profile_engine.py, then time by function.
 profile: build
