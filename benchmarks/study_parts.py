@@ -150,4 +150,34 @@ def _cluttered() -> Part:
     )  # fmt: skip
 
 
-PARTS: dict[str, Callable[[], Part]] = {"fashion": _fashion, "cluttered": _cluttered}
+def _pixels() -> Part:
+    model = SpikformerConfig(
+        image_size=64, in_channels=1, num_classes=11, embed_dim=32, num_heads=2, mlp_ratio=2, T=2,
+        task="pixels",
+    )  # fmt: skip
+    base = TrainConfig(
+        model, data="scenes-digits", validation=2000, epochs=6, batch_size=32, lr=0.01,
+        precision="bf16", target=None,
+    )  # fmt: skip
+    return Part(
+        "Scenes, pixel by pixel",
+        "two to four handwritten digits among pieces of others, the class of every pixel or "
+        "background; 18,000 training and 5,000 test images, 64x64, 256 tokens",
+        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
+        {
+            "plain": PLAIN,
+            "halting 50 %": {**HALTING, "target": 0.49},
+            "static 2,2": static(2, 2),
+            "static 3,1": static(3, 1),
+            "merging": {**PLAIN, "merge_r": 16},
+            "halting + merging": {**HALTING, "target": 0.49, "merge_r": 16},
+        },
+        {"1 block": {**PLAIN, "depth": 1}},
+    )  # fmt: skip
+
+
+PARTS: dict[str, Callable[[], Part]] = {
+    "fashion": _fashion,
+    "cluttered": _cluttered,
+    "pixels": _pixels,
+}

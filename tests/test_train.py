@@ -22,6 +22,7 @@ from atsnn.train.augment import augmented
 from atsnn.train.loop import _step
 from atsnn.train.loss import executed_share
 from atsnn.train.optimizer import moving_average, optimizer_of, schedule_of
+from atsnn.train.settings import with_settings
 from atsnn.train.state import STATE
 
 MODEL = atsnn.SpikformerConfig(
@@ -329,6 +330,27 @@ def test_autocast_to_bfloat16_learns_too(tmp_path):
     losses = [[epoch["loss"] for epoch in log["history"]] for log in logs]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(halting=None), dict(halting="rectangle", score="linear"), dict(halting="rectangle"),
+        dict(halting="depth", score="mean"), dict(halting="sequential", score="constant"),
+        dict(halting="rectangle", merge_r=2), dict(halting=None, merge_r=2, merge_match="random"),
+        dict(halting="depth", policy="static:2,1"), dict(halting="depth", policy="random:0.7"),
+        dict(halting="depth", policy="top:0.5"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_everything_that_halts_or_merges_trains_under_autocast(tmp_path, changes):
+    config = with_settings(CONFIG, {"precision": "bf16", "epochs": 1, "limit": 64, **changes})
+    losses = []
+    for precision in ("bf16", "fp32"):
+        train(dataclasses.replace(config, precision=precision), tmp_path / precision)
+        log = json.loads((tmp_path / precision / "training.json").read_text())
+        losses.append(log["history"][0]["loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
 def test_held_out_images_are_evaluated_and_the_test_images_left_alone(tmp_path):

@@ -114,7 +114,7 @@ class _Directed(ATSpikformer):
         return plain
 
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
-        given = run.layout.pack(self.policy(number, run))
+        given = run.layout.pack(self.policy(number, run).float())  # also under autocast
         if not self.learns:
             return given
         # Its own scores are computed all the same and get the gradient, so that a training step
