@@ -81,7 +81,7 @@ class Part:
 
 
 def _fashion() -> Part:
-    model = SpikformerConfig(image_size=28, in_channels=1, embed_dim=48, num_heads=3)
+    model = SpikformerConfig(image_size=28, in_channels=1, embed_dim=48, num_heads=3, T=2)
     base = TrainConfig(
         model, data="fashion-mnist", validation=5000, epochs=4, lr=0.01, flip=True,
         precision="bf16", target=None,
@@ -90,21 +90,20 @@ def _fashion() -> Part:
     return Part(
         "Fashion-MNIST",
         "55,000 training and 10,000 test images, 28x28, 49 tokens",
-        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
+        base, {"epochs": 4},
         {
             "plain": PLAIN,
             "halting": halting,
-            "static 4,3,1,1": static(4, 3, 1, 1),
-            "static 3,3,2,1": static(3, 3, 2, 1),
-            "static 3,2,2,2": static(3, 2, 2, 2),
-            "halting + merging": {**halting, "target": 0.5, "merge_r": 4},
+            "merging": {**PLAIN, "merge_r": (24, 4, 4)},
+            "halting + merging": {**halting, "merge_r": (12, 6, 3)},
+            "static 3,1": static(3, 1),
+            "static 2,2": static(2, 2),
             "halting, 40 %": {**HALTING, "target": 0.4},
-            "merging": {**PLAIN, "merge_r": 8},
-            "merging, random pairs": {**PLAIN, "merge_r": 8, "merge_match": "random"},
+            "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
             "halting, depth (A-ViT at each t)": {**halting, "halting": "depth"},
             "halting, sequential": {**halting, "halting": "sequential"},
             "constant score": {**halting, "score": "constant"},
-            "random halting": {"halting": "depth", "policy": "random:0.5625"},
+            "random halting": {"halting": "depth", "policy": "random:0.55"},
             "top tokens by firing": {"halting": "depth", "policy": "top:0.6,0.4,0.25"},
         },
         {
@@ -112,7 +111,6 @@ def _fashion() -> Part:
             "2 blocks": {**PLAIN, "depth": 2},
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
-            "2 timesteps": {**PLAIN, "T": 2},
         },
         headline=("plain", "halting"), more=5,
     )  # fmt: skip
