@@ -7,6 +7,8 @@ import json
 import pickle
 import shlex
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +16,18 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import atsnn
-from atsnn import checkpoint
+from atsnn import checkpoint, data
 from atsnn.card import model_card
 from atsnn.checkpoint import CARD, CONFIG, PACKAGED, WEIGHTS
 from atsnn.checks import CheckpointError, InvalidValue
 from atsnn.testing import exact_images, exact_model
-from atsnn.train import TrainConfig
+from atsnn.train import TrainConfig, evaluate
 from atsnn.train.options import add_options, command_of, config_of
 from atsnn.train.settings import with_settings
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import study_parts
 
 CONFIGURATION = atsnn.SpikformerConfig(
     image_size=8, in_channels=1, num_classes=3, embed_dim=16, depth=2, num_heads=2, T=2,
@@ -170,7 +176,7 @@ def test_hub_ids_go_to_the_hub_client(saved, monkeypatch):
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_checkpoints_load_and_are_small(name):
     model = atsnn.from_pretrained(name)
-    assert model.config.image_size == 32
+    assert model.config.image_size == (28 if name == "fashion-mnist" else 32)
     size = sum(p.stat().st_size for p in PACKAGED[name].iterdir())
     assert size < 3 * 2**20
 
@@ -261,10 +267,32 @@ def test_what_ships_has_a_card(name):
     model = atsnn.from_pretrained(name)
     assert (folder / CARD).read_text() == model_card(model.config, extra, name)
     assert {"data", "command", "seed", "epochs", "test_accuracy", "test_cells"} <= set(extra)
-    parser = argparse.ArgumentParser()
-    add_options(parser)
     words = shlex.split(extra["command"])
-    assert words[:2] == ["atsnn", "train"]
-    config = config_of(parser.parse_known_args(words[2:])[0])
-    assert config.model == model.config and config.data == extra["data"]
+    if words[:2] == ["atsnn", "train"]:
+        parser = argparse.ArgumentParser()
+        add_options(parser)
+        config = config_of(parser.parse_known_args(words[2:])[0])
+        assert config.model == model.config and config.data == extra["data"]
+    else:  # of the study, whose part is that network's
+        assert words[:3] == ["python", "benchmarks/study.py", "fashion"]
+        assert words[3:] == ["--seeds", "0", "--methods", "pretrained", "halting"]
+        _, points = study_parts.PARTS["fashion"]().points(0, Path("runs"))
+        (config,) = (point.config for point in points if point.label == "halting")
+        assert config.model == model.config and config.data == extra["data"]
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
+
+
+def test_the_shipped_fashion_model_does_what_its_card_says():
+    try:
+        split = data.load("fashion-mnist", 28)["test"]
+    except data.DataError as error:
+        pytest.skip(f"needs the images: {error}")
+    extra = checkpoint.read_config("fashion-mnist")["extra"]
+    model = atsnn.from_pretrained("fashion-mnist")
+    found = evaluate(model, split)
+    # Sums of floats depend on the machine: a few images of 10,000 may change.
+    assert found.accuracy == pytest.approx(extra["test_accuracy"], abs=0.002)
+    assert found.cells == pytest.approx(extra["test_cells"], abs=0.005)
+    with torch.no_grad():
+        engine = atsnn.freeze(model)(split[:64].images)
+    assert torch.equal(engine.argmax(1), model(split[:64].images).argmax(1))

@@ -25,6 +25,7 @@ PACKAGED = {
     "digits": _FOLDER / "digits",
     "digits-constant": _FOLDER / "digits-constant",
     "digits-dense": _FOLDER / "digits-dense",
+    "fashion-mnist": _FOLDER / "fashion-mnist",
 }
 
 
