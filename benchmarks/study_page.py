@@ -24,8 +24,11 @@ from atsnn.sweep.output import Summary, summaries, with_spread
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "results" / "study.md"
+README = DOCS.parent / "README.md"
 FIGURES = DOCS / "results" / "study.json"
 PLAIN = "plain"
+LEAST = 3  # seeds of what the README shows
+NOT_YET = "*(not run yet)*"
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,36 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The plain network, halting and the static schedules of every task, for the README."""
+    head = ["task", "method", "seeds", "accuracy", "to plain", "cells", "FLOPs"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    for name, rows in parts.items():
+        value = _value(rows)
+        found = {s.label: s for s in summaries(rows) if s.label in PARTS[name]().methods}
+        assert PLAIN in found, f"expected a row of {PLAIN!r} in part {name}, got {list(found)}"
+        for label, s in found.items():
+            known = len(s.rows) >= LEAST and len(found[PLAIN].rows) >= LEAST
+            if not known or kind_of(label) not in ("plain", "halting", "static"):
+                continue
+            to = difference(s, found[PLAIN], value) if label != PLAIN else None
+            cells = [PARTS[name]().title if label == PLAIN else "", label, str(len(s.rows))]
+            cells += [with_spread(s, value), "" if to is None else str(to)]
+            cells += [percent(s.mean(key)) for key in ("cells", "flops_share")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def choices(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the validation images said of the candidates, for seed 0."""
     lines = ["| candidate | validation accuracy | cells |", "|---|---:|---:|"]
-    lines += [
+    candidates = [
         f"| {row['label']} | {percent(row['validation_accuracy'], 2)} | "
         f"{percent(row['validation_cells'])} |"
         for row in rows
         if row["seed"] == 0 and row["label"].startswith("static")
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + candidates) if candidates else NOT_YET
 
 
 def details(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -123,7 +146,10 @@ def details(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["method", "seeds", "least sure fifth", "surest fifth", "objects", "background",
             "right to wrong", "wrong to right"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for s in summaries([row for row in rows if "detail" in row]):
+    detailed = [row for row in rows if "detail" in row]
+    if not detailed:
+        return NOT_YET
+    for s in summaries(detailed):
         found = [row["detail"] for row in s.rows]
 
         def mean(pick: Any, found: Any = found) -> float:
@@ -172,7 +198,9 @@ def picture(part: Part, rows: Sequence[Mapping[str, Any]]) -> Plot:
         axes.set_xlabel("share of cells executed, %")
         axes.set_ylabel(f"{NAMES[value]}, %")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, frameon=False, loc="lower right")
+        axes.set_xlim(0, 105)
+        axes.margins(y=0.2)
+        axes.legend(fontsize=7, frameon=False, loc="best")
 
     return Plot(part.title, draw, f"{part.title}: {NAMES[value]} against share of cells executed.")
 
@@ -211,7 +239,9 @@ def main() -> None:
         texts[f"table {name}"] = table(name, part, rows)
         texts[f"choices {name}"] = choices(part, rows)
         texts[f"details {name}"] = details(rows)
-    fill(PAGE, texts)
+    fill(PAGE, {f"{kind} {name}": NOT_YET for kind in ("table", "choices", "details")
+                for name in PARTS} | texts)  # fmt: skip
+    fill(README, {"headline": headline(parts)})
     FIGURES.write_text(json.dumps(figures(parts), indent=1) + "\n")
     save([picture(PARTS[name](), rows) for name, rows in parts.items()], DOCS / "study.png")
 
