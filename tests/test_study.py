@@ -103,6 +103,10 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     assert set(figure["latency_ms"]) == {"1", "16"}
     assert study_page.details(found).count("\n") == 2
     json.dumps(study_page.figures({"tiny": found}))
+    monkeypatch.setattr(study_page, "LEAST", 2)
+    lines = study_page.headline({"tiny": found}).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["plain", "halting"]
+    assert study_page.choices(part, found).count("\n") == 3
 
 
 def test_a_method_that_there_is_not_is_refused(place):
