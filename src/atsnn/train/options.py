@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import shlex
 
+from ..checks import check_choice
 from ..data import DATASETS
 from ..nn.config import SpikformerConfig
 from .config import PRECISIONS, TrainConfig
@@ -89,11 +90,11 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
     """The run that the options describe."""
-    known = DATASETS.get(args.data)
-    channels, classes = (known.channels, known.classes) if known else (1, 10)
+    check_choice("train", "--data", args.data, DATASETS)
+    known = DATASETS[args.data]
     model = SpikformerConfig(
-        image_size=args.image_size, in_channels=channels,
-        num_classes=classes + (args.task == "pixels"),  # and the background
+        image_size=args.image_size, in_channels=known.channels,
+        num_classes=known.classes + (args.task == "pixels"),  # and the background
         embed_dim=args.embed_dim, depth=args.depth, num_heads=args.heads, T=args.timesteps,
         halting=None if args.halting == "none" else args.halting, score=args.score,
         readout=args.readout, eps=args.eps, merge_r=args.merge_r,
