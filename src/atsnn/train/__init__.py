@@ -5,6 +5,13 @@ from __future__ import annotations
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate
 from .loop import train
-from .loss import training_loss
+from .loss import executed_share, training_loss
 
-__all__ = ["Evaluation", "TrainConfig", "evaluate", "train", "training_loss"]
+__all__ = [
+    "Evaluation",
+    "TrainConfig",
+    "evaluate",
+    "executed_share",
+    "train",
+    "training_loss",
+]
