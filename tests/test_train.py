@@ -199,10 +199,19 @@ def test_the_linear_score_joins_after_half_the_run(tmp_path, monkeypatch):
     states = []
     monkeypatch.setattr(
         "atsnn.train.loop.evaluate",
-        lambda m, s, f=evaluate: states.append(m.halting.weight.clone()) or f(m, s),
+        lambda m, s, f=evaluate: (
+            states.append(m.halting.weight.clone() if m.halting else None) or f(m, s)
+        ),
     )
-    train(config, tmp_path)
+    train(config, tmp_path / "scratch")
     assert (states[0] == 0).all() and (states[1] != 0).any()
+
+    # At once where the weights are trained already.
+    plain = dataclasses.replace(config, model=MODEL.replace(halting=None))
+    train(dataclasses.replace(plain, epochs=1), tmp_path / "plain")
+    states.clear()
+    train(dataclasses.replace(config, init=str(tmp_path / "plain")), tmp_path / "tuned")
+    assert (states[0] != 0).any()
 
 
 def test_evaluate_counts_by_hand():

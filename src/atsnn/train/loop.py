@@ -264,8 +264,9 @@ def _step(
     run.optimizer.zero_grad()
     accelerator.backward(loss)
     halting = run.model.halting
-    if halting is not None and halting.weight is not None and progress < 0.5:
-        halting.weight.grad = None  # learned in the second half only: earlier it costs accuracy
+    early = config.init is None and progress < 0.5
+    if early and halting is not None and halting.weight is not None:
+        halting.weight.grad = None  # from scratch it is learned late: earlier it costs accuracy
     accelerator.clip_grad_norm_(run.model.parameters(), config.clip)
     run.optimizer.step()
     run.schedule.step()
