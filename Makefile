@@ -11,8 +11,8 @@ PY_FILES := src kernels tests benchmarks setup.py
 BARRED := neuron linear attention model halting training growth
 SUITE := $(BARRED) merging layout dropin
 
-.PHONY: help bench bars bench-compare bench-gpu gpu-report study results profile test asan fuzz lint format build \
-  clean $(addprefix bench-,$(SUITE))
+.PHONY: help bench bars bench-compare bench-gpu gpu-report study results profile test asan fuzz \
+  lint format build clean $(addprefix bench-,$(SUITE))
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"

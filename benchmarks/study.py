@@ -41,13 +41,13 @@ def run(name: str, seed: int, runs: Path, methods: Sequence[str] | None) -> None
     """Train and test what is not yet, for a seed; a row is written as soon as it is known."""
     folder = runs / f"{name}-{seed}"
     for point in _points(PARTS[name](), seed, folder, methods):
-        begun = time.monotonic()
+        begun, fresh = time.monotonic(), not (folder / point.key).exists()
         (row,) = sweep([point], folder, test=True, batches=(), log=_say)["rows"]
         row = {key: value for key, value in row.items() if key != "settings"}
         row |= _learned(folder / point.key)
         row |= _detail(point, folder)
-        # Of an earlier run of this script, if the training was done then.
-        row["minutes"] = round((time.monotonic() - begun) / 60, 1)
+        if fresh:  # a run that was cut off, or trained before, took longer than this call
+            row["minutes"] = round((time.monotonic() - begun) / 60, 1)
         _keep(name, seed, [row])
 
 
@@ -82,7 +82,7 @@ def _keep(name: str, seed: int, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         old = kept.get(row["label"], {})
         if old.get("accuracy") == row["accuracy"]:  # measured again, not trained again
-            row = {**old, **row, "minutes": old.get("minutes", row["minutes"])}
+            row = {**old, **row}
         kept[row["label"]] = row
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = {"part": name, "seed": seed, "rows": list(kept.values())}
@@ -132,7 +132,7 @@ def everything(runs: Path, jobs: int) -> None:
     if failed:
         raise SystemExit(f"failed: {failed}")
     for name in seeds:
-        subprocess.run([*command, name, "--latency"], check=True)
+        subprocess.run([*command, name, "--latency"], env=env, check=True)
 
 
 def _parts() -> dict[str, Part]:
@@ -149,7 +149,7 @@ def overview() -> None:
         found = {seed: {row["label"]: row for row in read(name, seed)} for seed in range(most)}
         for label in labels:
             wanted = [s for s in range(most) if label == FIRST or part.runs_on(label, s)]
-            minutes = sum(found[s][label]["minutes"] for s in wanted if label in found[s])
+            minutes = sum(found[s][label].get("minutes", 0) for s in wanted if label in found[s])
             done, total = sum(label in found[s] for s in wanted), total + minutes
             print(f"  {label:<34} {done} of {len(wanted)} seeds, {minutes:4.0f} core minutes")
     print(f"all that is done: {total / 60:.1f} core hours")

@@ -84,7 +84,7 @@ def table(name: str, part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
     timed = any(s.mean("latency_ms.1") is not None for s in found)
     head = ["method", "seeds", NAMES[value], "to plain", "cells", "FLOPs", "SOPs", "energy"]
     head += ["ms at batch 1", "ms an image at 16"] * timed
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines = _head(head)
     for s in found:
         if s.label in part.alone and next(iter(part.alone)) == s.label:
             lines.append("| *of their own, from scratch* " + "| " * (len(head) - 1) + "|")
@@ -96,6 +96,12 @@ def table(name: str, part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
             cells += [_number(s.mean(f"latency_ms.{size}")) for size in study.TIMED]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _head(columns: Sequence[str], left: int = 1) -> list[str]:
+    """The first two lines of a table in Markdown, all but ``left`` columns to the right."""
+    rule = "|---" * left + "|---:" * (len(columns) - left) + "|"
+    return ["| " + " | ".join(columns) + " |", rule]
 
 
 NAMES = {"accuracy": "test accuracy", "mean_iou": "mean IoU"}
@@ -112,7 +118,7 @@ def _number(value: float | None) -> str:
 def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The plain network, halting and the static schedules of every task, for the README."""
     head = ["task", "method", "seeds", "accuracy", "to plain", "cells", "FLOPs"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    lines = _head(head, left=2)
     for name, rows in parts.items():
         value = _value(rows)
         found = {s.label: s for s in summaries(rows) if s.label in PARTS[name]().methods}
@@ -131,7 +137,7 @@ def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def choices(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the validation images said of the candidates, for seed 0."""
-    lines = ["| candidate | validation accuracy | cells |", "|---|---:|---:|"]
+    lines = _head(["candidate", "validation accuracy", "cells"])
     candidates = [
         f"| {row['label']} | {percent(row['validation_accuracy'], 2)} | "
         f"{percent(row['validation_cells'])} |"
@@ -145,7 +151,7 @@ def details(rows: Sequence[Mapping[str, Any]]) -> str:
     """For which images and tokens a halting network spends its cells, and what it loses."""
     head = ["method", "seeds", "least sure fifth", "surest fifth", "objects", "background",
             "right to wrong", "wrong to right"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines = _head(head)
     detailed = [row for row in rows if "detail" in row]
     if not detailed:
         return NOT_YET

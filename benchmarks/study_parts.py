@@ -116,19 +116,22 @@ def _fashion() -> Part:
     )  # fmt: skip
 
 
-def _cluttered() -> Part:
-    model = SpikformerConfig(
-        image_size=64, in_channels=1, embed_dim=32, num_heads=2, mlp_ratio=2, T=2
-    )
-    base = TrainConfig(
-        model, data="cluttered-digits", validation=2000, epochs=6, batch_size=32, lr=0.01,
-        precision="bf16", target=None,
+def _scenes(data: str, **model: Any) -> TrainConfig:
+    """The first phase of scenes: small networks, as there are 256 tokens."""
+    return TrainConfig(
+        SpikformerConfig(
+            image_size=64, in_channels=1, embed_dim=32, num_heads=2, mlp_ratio=2, T=2, **model
+        ),
+        data=data, validation=2000, epochs=6, batch_size=32, lr=0.01, precision="bf16", target=None,
     )  # fmt: skip
+
+
+def _cluttered() -> Part:
     return Part(
         "Cluttered digits",
         "one handwritten digit at a random place and scale among pieces of others; 18,000 training "
         "and 5,000 test images, 64x64, 256 tokens",
-        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
+        _scenes("cluttered-digits"), {"epochs": 2, "lr": 0.005, "warmup": 0.1},
         {
             "plain": PLAIN,
             "halting 37 %": {**HALTING, "target": 0.365},
@@ -149,19 +152,12 @@ def _cluttered() -> Part:
 
 
 def _pixels() -> Part:
-    model = SpikformerConfig(
-        image_size=64, in_channels=1, num_classes=11, embed_dim=32, num_heads=2, mlp_ratio=2, T=2,
-        task="pixels",
-    )  # fmt: skip
-    base = TrainConfig(
-        model, data="scenes-digits", validation=2000, epochs=6, batch_size=32, lr=0.01,
-        precision="bf16", target=None,
-    )  # fmt: skip
     return Part(
         "Scenes, pixel by pixel",
         "two to four handwritten digits among pieces of others, the class of every pixel or "
         "background; 18,000 training and 5,000 test images, 64x64, 256 tokens",
-        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1},
+        _scenes("scenes-digits", num_classes=11, task="pixels"),
+        {"epochs": 2, "lr": 0.005, "warmup": 0.1},
         {
             "plain": PLAIN,
             "halting 50 %": {**HALTING, "target": 0.49},

@@ -81,11 +81,21 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     assert set(rows["halting"]["detail"]) > {"lost", "won", "confidence"}
     assert "detail" not in rows["static 2,1"]
 
+    assert all("minutes" in row for row in rows.values())
+
     # Again: nothing is trained, nothing is lost.
     monkeypatch.setattr("atsnn.sweep.run.train", None)
     study.run("tiny", 0, place / "runs", ["halting"])
     again = {row["label"]: row for row in study.read("tiny", 0)}
     assert again == rows
+
+    # Of a run that somebody else trained, or another call in part, the time is not known.
+    study._path("tiny", 0).unlink()
+    study.run("tiny", 0, place / "runs", ["halting"])
+    (_, row) = study.read("tiny", 0)
+    assert row["label"] == "halting" and "minutes" not in row
+    study.overview()
+    study._keep("tiny", 0, list(rows.values()))
 
     study.latency("tiny", place / "runs", ["plain", "static 2,1"])
     timed = {row["label"]: row.get("latency_ms") for row in study.read("tiny", 0)}
