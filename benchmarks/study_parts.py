@@ -86,11 +86,11 @@ def _fashion() -> Part:
         model, data="fashion-mnist", validation=5000, epochs=4, lr=0.01, flip=True,
         precision="bf16", target=None,
     )  # fmt: skip
-    halting = {**HALTING, "target": 0.55}
+    halting = {**HALTING, "score": "linear", "target": 0.55}
     return Part(
         "Fashion-MNIST",
         "55,000 training and 10,000 test images, 28x28, 49 tokens",
-        base, {"epochs": 4},
+        base, {"epochs": 2, "lr": 0.005, "ema": 0.998},
         {
             "plain": PLAIN,
             "halting": halting,
@@ -112,7 +112,7 @@ def _fashion() -> Part:
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
         },
-        headline=("plain", "halting"), more=5,
+        headline=("plain", "halting", "static 2,2"), more=5,
     )  # fmt: skip
 
 

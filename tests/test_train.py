@@ -19,7 +19,7 @@ from atsnn.nn.blocks import Context
 from atsnn.schedule import directed, is_directed
 from atsnn.train import TrainConfig, evaluate, train, training_loss
 from atsnn.train.augment import augmented
-from atsnn.train.loop import _step
+from atsnn.train.loop import _step, splits_of
 from atsnn.train.loss import executed_share
 from atsnn.train.optimizer import moving_average, optimizer_of, schedule_of
 from atsnn.train.settings import with_settings
@@ -328,6 +328,22 @@ def test_the_average_is_what_is_saved(tmp_path):
     assert evaluate(saved, data.load("digits", 8)["test"]) == found
     assert not torch.equal(saved.head.weight, state["model"]["head.weight"])
     assert torch.equal(saved.head.weight, state["average"]["module.head.weight"])
+
+
+def test_averaged_weights_get_statistics_of_their_own(tmp_path):
+    """What the first convolution puts out with averaged weights, over the first epoch's batches."""
+    config = dataclasses.replace(CONFIG, epochs=1, ema=0.9, shift=0)
+    result, _ = train(config, tmp_path)
+    images, size = splits_of(config)[0], config.batch_size
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    used = images[order[: len(images) // size * size]].images
+    with torch.no_grad():
+        out = result.patch_embed.proj_conv(used).double()
+    bn = result.patch_embed.proj_bn
+    torch.testing.assert_close(bn.running_mean.double(), out.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    assert int(bn.num_batches_tracked) == len(images) // size
+    state = torch.load(tmp_path / STATE, weights_only=True)["model"]
+    assert not torch.allclose(bn.running_mean, state["patch_embed.proj_bn.running_mean"], rtol=0.02)
 
 
 def test_autocast_to_bfloat16_learns_too(tmp_path):

@@ -20,12 +20,13 @@ from .augment import augmented
 from .config import PRECISIONS, TrainConfig
 from .evaluation import Evaluation, evaluate, target_of
 from .loss import executed_share, training_loss
-from .optimizer import moving_average, optimizer_of, schedule_of
+from .optimizer import measure_statistics, moving_average, optimizer_of, schedule_of
 from .state import STATE, Progress, Run
 
 __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
+STATISTICS = 100  # batches whose BatchNorm statistics the averaged weights are given
 
 
 def train(
@@ -135,6 +136,11 @@ def train(
                 saved = time.monotonic()
         bar.close()
         if main:
+            if run.average is not None:
+                first = range(min(batches, STATISTICS))
+                measure_statistics(
+                    run.average, (batch(order, epoch * batches + i, i).images for i in first)
+                )
             found = evaluate(run.result, held_out)
             line = _close_epoch(run, batches, found)
             run.save_state()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from ..nn.model import ATSpikformer
 from .config import TrainConfig
 
-__all__ = ["moving_average", "optimizer_of", "schedule_of"]
+__all__ = ["measure_statistics", "moving_average", "optimizer_of", "schedule_of"]
 
 
 def optimizer_of(model: ATSpikformer, config: TrainConfig) -> torch.optim.Optimizer:
@@ -41,8 +42,17 @@ def schedule_of(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: in
 
 
 def moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
-    """The exponential moving average of weights and BatchNorm statistics, if one is asked for."""
+    """The exponential moving average of the weights, if one is asked for.
+
+    Its BatchNorm statistics have to be measured (:func:`measure_statistics`): what layers put out
+    with averaged weights is not the average of what they put out, and spikes are sensitive to it.
+    """
     if not config.ema:
         return None
-    average = get_ema_multi_avg_fn(config.ema)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+
+@torch.no_grad()
+def measure_statistics(average: AveragedModel, batches: Iterable[Tensor]) -> None:
+    """Set the BatchNorm statistics of averaged weights to their means over training images."""
+    update_bn(batches, average.module)
