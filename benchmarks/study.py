@@ -112,7 +112,7 @@ def _learned(run: Path) -> dict[str, float]:
 def _detail(point: Point, folder: Path) -> dict[str, Any]:
     """Of a model that learned to halt: for which images and tokens, and what was lost by it."""
     c = _config(point)
-    if not c.halts or c.model.task != "classes":
+    if not c.halts:
         return {}
     images = data.load(c.data, c.model.image_size, c.data_dir)["test"]
     return {"detail": detail_of(insight(load_run(folder / point.key, c), images))}

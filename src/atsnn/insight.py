@@ -13,6 +13,7 @@ from .checks import InvalidValue, check_integer
 from .data import Split
 from .nn.model import ATSpikformer, evaluating
 from .sheets import Sheet, percent
+from .train.evaluation import target_of
 
 __all__ = ["Insight", "draw_classes", "insight", "insight_sheets"]
 
@@ -26,20 +27,24 @@ class Insight:
 
     Attributes
     ----------
+    classes : Tensor
+        ``[M]`` int64, the image's class.
     labels, predicted, without : Tensor
         ``[M]`` int64: the class, the one found, and the one found by the same weights with nothing
-        halted and nothing merged.
+        halted and nothing merged. With ``task="pixels"`` ``[M, H, W]``: those of every pixel.
     confidence : Tensor
-        ``[M]`` float32, probability of the class found with nothing halted: how easy the image is,
-        whatever halting does to it.
+        ``[M]`` float32, probability of the class found with nothing halted, averaged over pixels if
+        it is theirs: how easy the image is, whatever halting does to it.
     cells : Tensor
         ``[M]`` float32, share of cells executed.
     blocks : Tensor
         ``[M, N]`` float32, blocks run for each token, averaged over the timesteps.
     ink : Tensor
-        ``[M, N]`` bool, whether there is anything in the token's patch.
+        ``[M, N]`` bool, whether there is anything in the token's patch; with ``task="pixels"``
+        whether an object is.
     """
 
+    classes: Tensor
     labels: Tensor
     predicted: Tensor
     without: Tensor
@@ -53,8 +58,13 @@ class Insight:
         return self.predicted == self.labels
 
     @property
+    def asked(self) -> str:
+        """What has a class."""
+        return "images" if self.labels.dim() == 1 else "pixels"
+
+    @property
     def lost(self) -> float:
-        """Share of images that halting and merging turn from right to wrong."""
+        """Share of images, or of pixels, that halting and merging turn from right to wrong."""
         return float((~self.right & (self.without == self.labels)).double().mean())
 
     @property
@@ -65,14 +75,11 @@ class Insight:
 
 @torch.no_grad()
 def insight(model: ATSpikformer, split: Split, batch_size: int = 128) -> Insight:
-    """Run a model that classifies images, with its halting and without, on a split."""
-    if model.config.task != "classes":
-        raise InvalidValue(
-            f"insight: expected a model of an image's class, got task={model.config.task!r}"
-        )
+    """Run a model on a split, with its halting and without."""
     if not len(split):
         raise InvalidValue("insight: expected at least one image, got none")
     c = model.config
+    labels = target_of(split, c.task)
     parts: list[tuple[Tensor, ...]] = []
     with evaluating(model):
         plain = model.without_halting().eval()
@@ -80,14 +87,19 @@ def insight(model: ATSpikformer, split: Split, batch_size: int = 128) -> Insight
             images = split[start : start + batch_size].images
             trace = model(images, return_trace=True, firing_rates=False)
             sure, without = plain(images).softmax(1).max(1)
-            patches = torch.nn.functional.max_pool2d(images.amax(1, keepdim=True), c.patch)
+            here = images.amax(1, keepdim=True) > INK
+            if c.task == "pixels":
+                here = labels[start : start + batch_size].unsqueeze(1) > 0
+            patches = torch.nn.functional.max_pool2d(here.float(), c.patch)
             parts.append(
                 (
-                    trace.logits.argmax(1), without, sure, trace.active.float().mean((0, 1, 3)),
-                    trace.depth.float().mean(0), patches.flatten(1) > INK,
+                    trace.logits.argmax(1), without, sure.view(len(images), -1).mean(1),
+                    trace.active.float().mean((0, 1, 3)), trace.depth.float().mean(0),
+                    patches.flatten(1) > 0,
                 )
             )  # fmt: skip
-    return Insight(split.labels, *(torch.cat(found) for found in zip(*parts, strict=True)))
+    found = (torch.cat(one) for one in zip(*parts, strict=True))
+    return Insight(split.labels, labels, *found)
 
 
 def insight_sheets(found: Insight) -> list[Sheet]:
@@ -99,7 +111,7 @@ def to_dict(found: Insight) -> dict[str, Any]:
     """The numbers of the tables."""
     return {
         "classes": [
-            {"class": int(k)} | _group(found, found.labels == k) for k in found.labels.unique()
+            {"class": int(k)} | _group(found, found.classes == k) for k in found.classes.unique()
         ],
         "confidence": [_group(found, chosen) for chosen in _fifths(found)],
         "blocks_on_ink": _mean(found.blocks[found.ink]),
@@ -158,8 +170,8 @@ def _by_confidence(found: Insight) -> Sheet:
     for number, group in enumerate(to_dict(found)["confidence"], 1):
         sheet.add(f"{number}", percent(group["confidence"]), *_cells(group))
     sheet.note = (
-        f"The least sure fifth first. Halting turns {100 * found.lost:.2f} % of the images from "
-        f"right to wrong and {100 * found.won:.2f} % from wrong to right."
+        f"The least sure fifth first. Halting turns {100 * found.lost:.2f} % of the {found.asked} "
+        f"from right to wrong and {100 * found.won:.2f} % from wrong to right."
     )
     return sheet
 
@@ -182,7 +194,7 @@ def draw_classes(found: Insight, split: Split, path: str | Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    classes = found.labels.unique().tolist()
+    classes = found.classes.unique().tolist()
     check_integer("draw_classes", "classes", len(classes), at_least=1, at_most=64)
     side = round(found.blocks.shape[1] ** 0.5)
     figure = Figure(figsize=(1.15 * len(classes) + 0.9, 5.0), dpi=120, layout="constrained")
@@ -191,7 +203,7 @@ def draw_classes(found: Insight, split: Split, path: str | Path) -> Path:
     top = float(found.blocks.max())
     names = ("mean image", "mean blocks", "most cells", "fewest cells")
     for column, k in enumerate(classes):
-        chosen = (found.labels == k).nonzero().squeeze(1)
+        chosen = (found.classes == k).nonzero().squeeze(1)
         cells = found.cells[chosen]
         most, fewest = chosen[cells.argmax()], chosen[cells.argmin()]
         shown = found.blocks[chosen].mean(0).view(side, side)
