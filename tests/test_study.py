@@ -106,6 +106,11 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     assert [(row["label"], row["seed"]) for row in found][:3] == [
         ("plain", 0), ("plain", 1), ("halting", 0)
     ]  # fmt: skip
+    # Shares are those of the plain network's, of which one block is a half.
+    (short,) = (row for row in found if row["label"] == "1 block")
+    assert rows["1 block"]["cells"] == 1 and short["cells"] == 0.5
+    assert short["flops_share"] == pytest.approx(rows["1 block"]["flops"] / rows["plain"]["flops"])
+    assert 0 < short["flops_share"] < 1
     text = study_page.table("tiny", part, found)
     assert text.count("\n") == 7 and "ms at batch 1" in text
     (figure,) = (f for f in study_page.figures({"tiny": found}) if f["method"] == "plain")
