@@ -17,11 +17,12 @@ from atsnn import data
 from atsnn.checks import CheckpointError, InvalidValue
 from atsnn.nn.blocks import Context
 from atsnn.schedule import directed, is_directed
-from atsnn.train import TrainConfig, evaluate, train, training_loss
+from atsnn.train import TrainConfig, calibrate, evaluate, train, training_loss
 from atsnn.train.augment import augmented
+from atsnn.train.average import moving_average
 from atsnn.train.loop import _step, splits_of
 from atsnn.train.loss import executed_share
-from atsnn.train.optimizer import moving_average, optimizer_of, schedule_of
+from atsnn.train.optimizer import optimizer_of, schedule_of
 from atsnn.train.settings import with_settings
 from atsnn.train.state import STATE
 
@@ -344,6 +345,35 @@ def test_averaged_weights_get_statistics_of_their_own(tmp_path):
     assert int(bn.num_batches_tracked) == len(images) // size
     state = torch.load(tmp_path / STATE, weights_only=True)["model"]
     assert not torch.allclose(bn.running_mean, state["patch_embed.proj_bn.running_mean"], rtol=0.02)
+
+
+def test_beta_is_set_for_a_share():
+    model, images = atsnn.from_pretrained("digits"), data.load("digits", 32)["train"][:128]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = calibrate(model, images, 0.5)
+    assert found == evaluate(model, images).cells and 0.46 < found <= 0.5
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["halting.beta"] and model.halting.beta > before["halting.beta"]
+    # From wherever it begins, it ends there.
+    model.halting.beta.data.fill_(-5.0)
+    assert calibrate(model, images, 0.5) == found
+    # A share below the first block's is out of reach: nothing is changed.
+    kept = model.halting.beta.clone()
+    assert calibrate(model, images, 0.2) == found and torch.equal(model.halting.beta, kept)
+    with pytest.raises(InvalidValue, match="halting=None"):
+        calibrate(model.without_halting(), images, 0.5)
+    with pytest.raises(InvalidValue, match="target must be"):
+        calibrate(model, images, 1.5)
+
+
+def test_averaged_weights_keep_the_budget(tmp_path):
+    config = dataclasses.replace(CONFIG, ema=0.9, target=0.8)
+    result, _ = train(config, tmp_path)
+    images = splits_of(config)[0]
+    share = evaluate(result, images).cells
+    assert share <= 0.8
+    result.halting.beta.data -= 0.05
+    assert evaluate(result, images).cells > 0.8, "no more than it takes"
 
 
 def test_autocast_to_bfloat16_learns_too(tmp_path):

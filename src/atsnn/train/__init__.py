@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .average import calibrate
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate
 from .loop import train
@@ -10,6 +11,7 @@ from .loss import executed_share, training_loss
 __all__ = [
     "Evaluation",
     "TrainConfig",
+    "calibrate",
     "evaluate",
     "executed_share",
     "train",

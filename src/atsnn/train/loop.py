@@ -17,16 +17,18 @@ from ..data import Split
 from ..nn.model import ATSpikformer
 from ..schedule import directed
 from .augment import augmented
+from .average import calibrate, measure_statistics, moving_average
 from .config import PRECISIONS, TrainConfig
 from .evaluation import Evaluation, evaluate, target_of
 from .loss import executed_share, training_loss
-from .optimizer import measure_statistics, moving_average, optimizer_of, schedule_of
+from .optimizer import optimizer_of, schedule_of
 from .state import STATE, Progress, Run
 
 __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
 STATISTICS = 100  # batches whose BatchNorm statistics the averaged weights are given
+CALIBRATION = 2048  # training images on which their share of cells is counted
 
 
 def train(
@@ -141,6 +143,8 @@ def train(
                 measure_statistics(
                     run.average, (batch(order, epoch * batches + i, i).images for i in first)
                 )
+                if config.halts and config.target is not None and epoch + 1 == config.epochs:
+                    calibrate(run.result, training[:CALIBRATION], config.target)
             found = evaluate(run.result, held_out)
             line = _close_epoch(run, batches, found)
             run.save_state()

@@ -1,0 +1,86 @@
+"""The moving average of the weights, and what has to be set anew for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from ..checks import InvalidValue, check_number
+from ..data import Split
+from ..nn.model import ATSpikformer
+from .config import TrainConfig
+from .evaluation import evaluate
+
+__all__ = ["calibrate", "measure_statistics", "moving_average"]
+
+LOWEST, HIGHEST = -12.0, 4.0  # of beta: a score of 6e-6, which halts nothing, and one of 0.98
+HALVINGS = 12
+
+
+def moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
+    """The exponential moving average of the weights, if one is asked for.
+
+    Its BatchNorm statistics have to be measured (:func:`measure_statistics`): what layers put out
+    with averaged weights is not the average of what they put out, and spikes are sensitive to it.
+    So are the scores' thresholds: see :func:`calibrate`.
+    """
+    if not config.ema:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+
+@torch.no_grad()
+def measure_statistics(average: AveragedModel, batches: Iterable[Tensor]) -> None:
+    """Set the BatchNorm statistics of averaged weights to their means over training images."""
+    update_bn(batches, average.module)
+
+
+@torch.no_grad()
+def calibrate(model: ATSpikformer, split: Split, target: float) -> float:
+    """Set ``beta`` of the halting so that at most a share of the cells is executed.
+
+    Higher scores halt earlier, so the share falls as ``beta`` rises; the smallest ``beta`` on a
+    fixed grid that executes no more than ``target`` is found by bisection. Weights stay as they
+    are: this is for small corrections, and accuracy is to be looked at again.
+
+    Parameters
+    ----------
+    model : ATSpikformer
+        Which learned to halt.
+    split : Split
+        Images to count on; not those of the test.
+    target : float
+        Share of the ``L * T * N`` cells of an image.
+
+    Returns
+    -------
+    float
+        The share executed now. Where no ``beta`` of the grid reaches the target, ``beta`` stays.
+    """
+    check_number("calibrate", "target", target, above=0, at_most=1)
+    if model.halting is None:
+        raise InvalidValue("calibrate: expected a model that halts, got halting=None")
+    beta = model.halting.beta
+    kept = beta.clone()
+
+    def share(value: float) -> float:
+        beta.fill_(value)
+        return evaluate(model, split).cells
+
+    low, high = LOWEST, HIGHEST
+    reached = share(high)
+    if reached > target:
+        beta.copy_(kept)
+        return evaluate(model, split).cells
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found = share(middle)
+        if found > target:
+            low = middle
+        else:
+            high, reached = middle, found
+    beta.fill_(high)
+    return reached
