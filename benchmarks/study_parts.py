@@ -112,7 +112,7 @@ def _fashion() -> Part:
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
         },
-        headline=("plain", "halting", "static 2,2"), more=5,
+        headline=("plain", "halting", "static 2,2"), more=10, candidates=("static 3,1",),
     )  # fmt: skip
 
 
