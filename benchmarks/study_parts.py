@@ -116,13 +116,14 @@ def _fashion() -> Part:
     )  # fmt: skip
 
 
-def _scenes(data: str, **model: Any) -> TrainConfig:
+def _scenes(epochs: int, **model: Any) -> TrainConfig:
     """The first phase of scenes: small networks, as there are 256 tokens."""
     return TrainConfig(
         SpikformerConfig(
             image_size=64, in_channels=1, embed_dim=32, num_heads=2, mlp_ratio=2, T=2, **model
         ),
-        data=data, validation=2000, epochs=6, batch_size=32, lr=0.01, precision="bf16", target=None,
+        data="cluttered-digits", validation=2000, epochs=epochs, batch_size=32, lr=0.01,
+        precision="bf16", target=None,
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def _cluttered() -> Part:
         "Cluttered digits",
         "one handwritten digit at a random place and scale among pieces of others; 18,000 training "
         "and 5,000 test images, 64x64, 256 tokens",
-        _scenes("cluttered-digits"), {"epochs": 2, "lr": 0.005, "warmup": 0.1},
+        _scenes(6), {"epochs": 2, "lr": 0.005, "warmup": 0.1},
         {
             "plain": PLAIN,
             "halting 37 %": {**HALTING, "target": 0.365},
@@ -152,15 +153,13 @@ def _cluttered() -> Part:
 
 
 def _pixels() -> Part:
-    base = with_settings(
-        _scenes("cluttered-digits", num_classes=11, task="pixels", depth=2), {"epochs": 4}
-    )
     sequential = {"halting": "sequential", "score": "linear"}
     return Part(
         "Cluttered digits, pixel by pixel",
         "the same scenes; for every pixel the class of the digit it is of, or background. The "
         "first phase has 2 timesteps, the second 4",
-        base, {"epochs": 2, "lr": 0.005, "warmup": 0.1, "T": 4},
+        _scenes(4, num_classes=11, task="pixels", depth=2),
+        {"epochs": 2, "lr": 0.005, "warmup": 0.1, "T": 4},
         {
             "plain": PLAIN,
             "halting": {**sequential, "target": 0.23},

@@ -364,6 +364,11 @@ def test_beta_is_set_for_a_share():
         calibrate(model.without_halting(), images, 0.5)
     with pytest.raises(InvalidValue, match="target must be"):
         calibrate(model, images, 1.5)
+    with pytest.raises(InvalidValue, match="got a policy"):
+        calibrate(directed(model, "static:4,2,1,1"), images, 0.5)
+    with pytest.raises(InvalidValue, match="at least one image"):
+        calibrate(model, images[:0], 0.5)
+    assert torch.equal(model.halting.beta, kept)
 
 
 def test_averaged_weights_keep_the_budget(tmp_path):

@@ -87,9 +87,10 @@ def insight(model: ATSpikformer, split: Split, batch_size: int = 128) -> Insight
             images = split[start : start + batch_size].images
             trace = model(images, return_trace=True, firing_rates=False)
             sure, without = plain(images).softmax(1).max(1)
-            here = images.amax(1, keepdim=True) > INK
             if c.task == "pixels":
                 here = labels[start : start + batch_size].unsqueeze(1) > 0
+            else:
+                here = images.amax(1, keepdim=True) > INK
             patches = torch.nn.functional.max_pool2d(here.float(), c.patch)
             parts.append(
                 (

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from ..checks import InvalidValue, check_number
 from ..data import Split
 from ..nn.model import ATSpikformer
+from ..schedule import is_directed
 from .config import TrainConfig
 from .evaluation import evaluate
 
@@ -42,9 +43,9 @@ def measure_statistics(average: AveragedModel, batches: Iterable[Tensor]) -> Non
 def calibrate(model: ATSpikformer, split: Split, target: float) -> float:
     """Set ``beta`` of the halting so that at most a share of the cells is executed.
 
-    Higher scores halt earlier, so the share falls as ``beta`` rises; the smallest ``beta`` on a
-    fixed grid that executes no more than ``target`` is found by bisection. Weights stay as they
-    are: this is for small corrections, and accuracy is to be looked at again.
+    Higher scores halt earlier, so the share falls as ``beta`` rises (as a whole: what halts changes
+    what other tokens attend to); bisection finds where, on a fixed grid, it comes to ``target``.
+    Weights stay as they are: this is for small corrections, and accuracy is to be looked at again.
 
     Parameters
     ----------
@@ -59,10 +60,18 @@ def calibrate(model: ATSpikformer, split: Split, target: float) -> float:
     -------
     float
         The share executed now. Where no ``beta`` of the grid reaches the target, ``beta`` stays.
+
+    Raises
+    ------
+    InvalidValue
+        If the model does not halt by scores, ``split`` is empty or ``target`` outside ``(0, 1]``.
     """
     check_number("calibrate", "target", target, above=0, at_most=1)
     if model.halting is None:
         raise InvalidValue("calibrate: expected a model that halts, got halting=None")
+    if is_directed(model):
+        raise InvalidValue("calibrate: expected a model that halts by its scores, got a policy")
+    before = evaluate(model, split).cells
     beta = model.halting.beta
     kept = beta.clone()
 
@@ -74,7 +83,7 @@ def calibrate(model: ATSpikformer, split: Split, target: float) -> float:
     reached = share(high)
     if reached > target:
         beta.copy_(kept)
-        return evaluate(model, split).cells
+        return before
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         found = share(middle)
