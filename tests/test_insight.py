@@ -89,31 +89,6 @@ def test_the_picture_and_the_command(found, split, tmp_path, capsys):
     assert cli.main([*options, "--plot", str(tmp_path / "b.gif")]) == 2
 
 
-def test_a_model_of_pixels_is_judged_pixel_by_pixel():
-    scenes = data.load("scenes-digits", 32)["test"][:6]
-    torch.manual_seed(0)
-    model = atsnn.ATSpikformer(
-        atsnn.SpikformerConfig(image_size=32, in_channels=1, num_classes=11, embed_dim=16,
-                               num_heads=2, depth=2, T=1, task="pixels", halting="rectangle")
-    ).eval()  # fmt: skip
-    found = insight(model, scenes, batch_size=4)
-    with torch.no_grad():
-        predicted = model(scenes.images).argmax(1)
-        sure, without = model.without_halting()(scenes.images).softmax(1).max(1)
-    assert torch.equal(found.predicted, predicted) and torch.equal(found.without, without)
-    assert torch.equal(found.labels, scenes.maps) and torch.equal(found.classes, scenes.labels)
-    torch.testing.assert_close(found.confidence, sure.mean((1, 2)))
-    tiles = scenes.maps.view(6, 8, 4, 8, 4).amax((2, 4)).flatten(1) > 0
-    assert torch.equal(found.ink, tiles)
-    lost = (without == scenes.maps) & (predicted != scenes.maps)
-    assert found.lost == pytest.approx(float(lost.float().mean()))
-    group = to_dict(found)["classes"][0]
-    chosen = scenes.labels == group["class"]
-    right = (predicted == scenes.maps)[chosen].float().mean()
-    assert group["images"] == int(chosen.sum()) and group["accuracy"] == pytest.approx(float(right))
-    assert "of the pixels from right" in insight_sheets(found)[1].note
-
-
 def test_splits_without_what_is_asked_for_are_refused(split):
     pixels = atsnn.SpikformerConfig(image_size=32, in_channels=1, embed_dim=16, num_heads=2,
                                     depth=1, T=1, task="pixels")  # fmt: skip

@@ -13,6 +13,7 @@ from atsnn import cli, data, reference
 from atsnn.checks import InvalidValue
 from atsnn.cost import cost
 from atsnn.data.scenes import SCENES, compose
+from atsnn.insight import insight, insight_sheets, to_dict
 from atsnn.testing import exact_images, exact_model
 from atsnn.train import TrainConfig, evaluate, train
 
@@ -177,3 +178,26 @@ def test_scenes_are_composed_once_for_runs_that_follow_each_other(monkeypatch):
     monkeypatch.setattr("atsnn.data.compose", lambda *a: calls.append(a) or compose(*a))
     first, second = (data.load("scenes-digits", 40) for _ in range(2))
     assert len(calls) == 1 and first["train"] is second["train"]
+
+
+def test_insight_goes_pixel_by_pixel():
+    scenes = data.load("scenes-digits", 32)["test"][:6]
+    model = exact_model(BASE, seed=1).eval()
+    found = insight(model, scenes, batch_size=4)
+    with torch.no_grad():
+        predicted = model(scenes.images).argmax(1)
+        sure, without = model.without_halting()(scenes.images).softmax(1).max(1)
+    assert torch.equal(found.predicted, predicted) and torch.equal(found.without, without)
+    assert torch.equal(found.labels, scenes.maps) and torch.equal(found.classes, scenes.labels)
+    assert (sure.amax((1, 2)) > sure.mean((1, 2)) + 0.01).all(), "pixels differ"
+    torch.testing.assert_close(found.confidence, sure.mean((1, 2)))
+    tiles = scenes.maps.view(6, 8, 4, 8, 4).amax((2, 4)).flatten(1) > 0
+    assert torch.equal(found.ink, tiles)
+    lost = (without == scenes.maps) & (predicted != scenes.maps)
+    assert lost.any(), "halting changes something"
+    assert found.lost == pytest.approx(float(lost.float().mean()))
+    group = to_dict(found)["classes"][0]
+    chosen = scenes.labels == group["class"]
+    right = (predicted == scenes.maps)[chosen].float().mean()
+    assert group["images"] == int(chosen.sum()) and group["accuracy"] == pytest.approx(float(right))
+    assert "of the pixels from right" in insight_sheets(found)[1].note
