@@ -433,6 +433,8 @@ def test_other_threads_run_meanwhile():
 
 INTERRUPTED = """
 import signal, sys, time, torch, atsnn
+# A process started in the background by a shell would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 engine = atsnn.freeze(atsnn.from_pretrained("digits").eval())
 images = torch.rand(400, 100, 1, 32, 32)
 state = atsnn.EngineState()
