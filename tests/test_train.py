@@ -371,8 +371,9 @@ def test_beta_is_set_for_a_share():
     assert torch.equal(model.halting.beta, kept)
 
 
-def test_averaged_weights_keep_the_budget(tmp_path):
-    config = dataclasses.replace(CONFIG, ema=0.9, target=0.8)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_budget_is_kept(tmp_path, ema):
+    config = dataclasses.replace(CONFIG, ema=ema, target=0.8)
     result, _ = train(config, tmp_path)
     images = splits_of(config)[0]
     share = evaluate(result, images).cells

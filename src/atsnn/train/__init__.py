@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .average import calibrate
+from .calibration import calibrate
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate
 from .loop import train

@@ -1,4 +1,4 @@
-"""The moving average of the weights, and what has to be set anew for it."""
+"""The moving average of the weights, and its BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from ..checks import InvalidValue, check_number
-from ..data import Split
-from ..nn.model import ATSpikformer
-from ..schedule import is_directed
 from .config import TrainConfig
-from .evaluation import evaluate
 
-__all__ = ["calibrate", "measure_statistics", "moving_average"]
-
-LOWEST, HIGHEST = -12.0, 4.0  # of beta: a score of 6e-6, which halts nothing, and one of 0.98
-HALVINGS = 12
+__all__ = ["measure_statistics", "moving_average"]
 
 
 def moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
@@ -26,7 +18,8 @@ def moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | Non
 
     Its BatchNorm statistics have to be measured (:func:`measure_statistics`): what layers put out
     with averaged weights is not the average of what they put out, and spikes are sensitive to it.
-    So are the scores' thresholds: see :func:`calibrate`.
+    So are the scores' thresholds, which is why the budget is met by
+    :func:`~atsnn.train.calibrate`.
     """
     if not config.ema:
         return None
@@ -37,59 +30,3 @@ def moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | Non
 def measure_statistics(average: AveragedModel, batches: Iterable[Tensor]) -> None:
     """Set the BatchNorm statistics of averaged weights to their means over training images."""
     update_bn(batches, average.module)
-
-
-@torch.no_grad()
-def calibrate(model: ATSpikformer, split: Split, target: float) -> float:
-    """Set ``beta`` of the halting so that at most a share of the cells is executed.
-
-    Higher scores halt earlier, so the share falls as ``beta`` rises (as a whole: what halts changes
-    what other tokens attend to); bisection finds where, on a fixed grid, it comes to ``target``.
-    Weights stay as they are: this is for small corrections, and accuracy is to be looked at again.
-
-    Parameters
-    ----------
-    model : ATSpikformer
-        Which learned to halt.
-    split : Split
-        Images to count on; not those of the test.
-    target : float
-        Share of the ``L * T * N`` cells of an image.
-
-    Returns
-    -------
-    float
-        The share executed now. Where no ``beta`` of the grid reaches the target, ``beta`` stays.
-
-    Raises
-    ------
-    InvalidValue
-        If the model does not halt by scores, ``split`` is empty or ``target`` outside ``(0, 1]``.
-    """
-    check_number("calibrate", "target", target, above=0, at_most=1)
-    if model.halting is None:
-        raise InvalidValue("calibrate: expected a model that halts, got halting=None")
-    if is_directed(model):
-        raise InvalidValue("calibrate: expected a model that halts by its scores, got a policy")
-    before = evaluate(model, split).cells
-    beta = model.halting.beta
-    kept = beta.clone()
-
-    def share(value: float) -> float:
-        beta.fill_(value)
-        return evaluate(model, split).cells
-
-    low, high = LOWEST, HIGHEST
-    reached = share(high)
-    if reached > target:
-        beta.copy_(kept)
-        return before
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        found = share(middle)
-        if found > target:
-            low = middle
-        else:
-            high, reached = middle, found
-    beta.fill_(high)
-    return reached

@@ -59,7 +59,9 @@ class TrainConfig:
         Share of the steps in which that weight rises from 0, linearly.
     target : float, optional
         Share of cells to execute. Given, the loss adds ``ponder_weight * (share - target) *
-        ponder`` with the detached share of the batch; ``None``: ``ponder_weight * ponder``.
+        ponder`` with the detached share of the batch, and ``beta`` is set at the end such that
+        training images execute no more (:func:`atsnn.train.calibrate`). ``None``: the loss adds
+        ``ponder_weight * ponder``.
     policy : str, optional
         Halting by a rule instead of learned scores; see :func:`atsnn.schedule.directed`.
     init : str, optional

@@ -17,7 +17,8 @@ from ..data import Split
 from ..nn.model import ATSpikformer
 from ..schedule import directed
 from .augment import augmented
-from .average import calibrate, measure_statistics, moving_average
+from .average import measure_statistics, moving_average
+from .calibration import calibrate
 from .config import PRECISIONS, TrainConfig
 from .evaluation import Evaluation, evaluate, target_of
 from .loss import executed_share, training_loss
@@ -28,7 +29,7 @@ __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
 STATISTICS = 100  # batches whose BatchNorm statistics the averaged weights are given
-CALIBRATION = 2048  # training images on which their share of cells is counted
+CALIBRATION = 2048  # training images on which the share of cells is counted at the end
 
 
 def train(
@@ -143,8 +144,8 @@ def train(
                 measure_statistics(
                     run.average, (batch(order, epoch * batches + i, i).images for i in first)
                 )
-                if config.halts and config.target is not None and epoch + 1 == config.epochs:
-                    calibrate(run.result, training[:CALIBRATION], config.target)
+            if config.halts and config.target is not None and epoch + 1 == config.epochs:
+                calibrate(run.result, training[:CALIBRATION], config.target)
             found = evaluate(run.result, held_out)
             line = _close_epoch(run, batches, found)
             run.save_state()
