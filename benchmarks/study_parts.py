@@ -167,8 +167,8 @@ def _pixels() -> Part:
             "static 2,1,0,0": {**static(2, 1), "T": 2},
             "static 1,1,0,0": {**static(1, 1), "T": 2},
             "static 1,1,1,1": static(1, 1, 1, 1),
-            "merging": {**PLAIN, "merge_r": (96, 32)},
-            "merging, random pairs": {**PLAIN, "merge_r": (96, 32), "merge_match": "random"},
+            "merging": {**PLAIN, "merge_r": 128},
+            "merging, random pairs": {**PLAIN, "merge_r": 128, "merge_match": "random"},
         },
         candidates=("static 2,1,0,0",),
     )  # fmt: skip
