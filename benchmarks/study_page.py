@@ -53,6 +53,15 @@ class Difference:
             return f"{100 * self.mean:+.2f}"
         return f"{100 * self.mean:+.2f} ± {100 * self.bound:.2f}"
 
+    @property
+    def told(self) -> str:
+        """What the interval says of the sign."""
+        if self.seeds < 2:
+            return ""
+        if abs(self.mean) <= self.bound:
+            return ", no difference beyond the noise"
+        return ", better beyond the noise" if self.mean > 0 else ", worse beyond the noise"
+
 
 def difference(ours: Summary, theirs: Summary, name: str = "accuracy") -> Difference | None:
     """Paired by seed; ``None`` where there is no seed that both have."""
@@ -148,6 +157,24 @@ def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             cells += [percent(s.mean(key)) for key in ("cells", "flops_share")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def verdicts(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each pair that answers the question."""
+    found, value = {s.label: s for s in summaries(rows)}, _value(rows)
+    lines = []
+    for ours, theirs in part.pairs:
+        if ours not in found or theirs not in found:
+            continue
+        gap = difference(found[ours], found[theirs], value)
+        if gap is None:
+            continue
+        shares = [percent(found[label].mean("cells")) for label in (ours, theirs)]
+        lines.append(
+            f"- {ours} at {shares[0]} of the cells against {theirs} at {shares[1]}: "
+            f"**{gap}** points of {NAMES[value]} (seeds: {gap.seeds}){gap.told}"
+        )
+    return "\n".join(lines) if lines else NOT_YET
 
 
 def choices(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -258,9 +285,10 @@ def main() -> None:
     for name, rows in parts.items():
         part = PARTS[name]()
         texts[f"table {name}"] = table(name, part, rows)
+        texts[f"verdict {name}"] = verdicts(part, rows)
         texts[f"choices {name}"] = choices(part, rows)
         texts[f"details {name}"] = details(rows)
-    fill(PAGE, {f"{kind} {name}": NOT_YET for kind in ("table", "choices", "details")
+    fill(PAGE, {f"{kind} {name}": NOT_YET for kind in ("table", "verdict", "choices", "details")
                 for name in PARTS} | texts)  # fmt: skip
     fill(README, {"headline": headline(parts)})
     FIGURES.write_text(json.dumps(figures(parts), indent=1) + "\n")

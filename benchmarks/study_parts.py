@@ -44,6 +44,8 @@ class Part:
     candidates : tuple of str
         Methods that seed 0 alone runs: what is chosen among them, is chosen by its validation
         images.
+    pairs : tuple of (str, str)
+        Methods whose difference answers the question: one that halts, and what it has to beat.
     """
 
     title: str
@@ -56,6 +58,7 @@ class Part:
     headline: tuple[str, ...] = ()
     more: int = 0
     candidates: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
 
     def runs_on(self, label: str, seed: int) -> bool:
         """Whether the study has that method for that seed."""
@@ -113,6 +116,7 @@ def _fashion() -> Part:
             "1 timestep": {**PLAIN, "T": 1},
         },
         headline=("plain", "halting", "static 2,2"), more=10, candidates=("static 3,1",),
+        pairs=(("halting", "plain"), ("halting", "static 2,2")),
     )  # fmt: skip
 
 
@@ -149,6 +153,7 @@ def _cluttered() -> Part:
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
         },
+        pairs=(("halting 37 %", "plain"), ("halting 37 %", "static 2,1")),
     )  # fmt: skip
 
 
@@ -171,6 +176,7 @@ def _pixels() -> Part:
             "merging, random pairs": {**PLAIN, "merge_r": 128, "merge_match": "random"},
         },
         candidates=("static 2,1,0,0",),
+        pairs=(("halting", "plain"), ("halting", "static 1,1,1,0")),
     )  # fmt: skip
 
 

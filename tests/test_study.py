@@ -36,6 +36,7 @@ def tiny() -> study_parts.Part:
         },
         {"1 block": {**study_parts.PLAIN, "depth": 1}},
         seeds=1, headline=("plain", "halting"), more=2, candidates=("static 1,1",),
+        pairs=(("halting", "plain"), ("halting", "static 2,1"), ("halting", "merging")),
     )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_every_method_of_a_part_is_a_run_of_its_own(name, tmp_path):
             # All have seen the same images as often.
             assert c.epochs + (first.config.epochs if c.init else 0) == budget
             assert c.init in (None, str(tmp_path / first.key))
+    assert part.pairs and {label for pair in part.pairs for label in pair} <= set(part.methods)
 
 
 def test_who_runs_with_which_seed():
@@ -122,6 +124,10 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     lines = study_page.headline({"tiny": found}).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["plain", "halting"]
     assert study_page.choices(part, found).count("\n") == 3
+    first, second = study_page.verdicts(part, found).splitlines()
+    assert first.startswith("- halting at ") and "against plain at 100.0 %" in first
+    assert "(seeds: 2)" in first and "noise" in first and " ± " in first
+    assert "static 2,1 at 75.0 %" in second and second.endswith("(seeds: 1)")
 
 
 def test_a_method_that_there_is_not_is_refused(place):
@@ -141,6 +147,17 @@ def test_differences_are_paired_by_seed():
     assert study_page.difference(ours, other) is None
     one = Summary("d", ({"seed": 1, "accuracy": 0.6},))
     assert str(study_page.difference(ours, one)) == "+10.00"
+    assert study_page.difference(ours, one).told == ""
+    told = {m: study_page.Difference(m, 0.1, 3).told.strip(", ") for m in (-0.2, -0.1, 0.1, 0.2)}
+    assert told == {
+        -0.2: "worse beyond the noise", -0.1: "no difference beyond the noise",
+        0.1: "no difference beyond the noise", 0.2: "better beyond the noise",
+    }  # fmt: skip
+
+
+def test_models_of_pixels_are_not_timed(place, capsys):
+    study.latency("pixels", place / "runs", None)
+    assert "for whole images" in capsys.readouterr().out
 
 
 def test_tables_are_put_between_their_marks(tmp_path):
