@@ -182,7 +182,7 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
 def _model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--checkpoint", default="digits",
-        help="packaged name (digits, digits-dense, digits-constant), folder or hub id",
+        help="packaged name (atsnn info lists them), folder or hub id",
     )  # fmt: skip
     sub.add_argument("--data", default="digits", help=f"data set: {', '.join(DATASETS)}")
     sub.add_argument("--data-dir", help="folder with the files of the data set")
