@@ -82,7 +82,8 @@ def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
     found = [row for seed in range(max(part.seeds, part.more)) for row in study.read(name, seed)]
     order = [*part.methods, *part.alone]
     plain = {row["seed"]: row for row in found if row["label"] == PLAIN}
-    kept = [_to_plain(row, plain.get(row["seed"])) for row in found if row["label"] in order]
+    one = next(iter(plain.values()), None)
+    kept = [_to_plain(row, plain.get(row["seed"], one)) for row in found if row["label"] in order]
     return sorted(kept, key=lambda row: order.index(row["label"]))
 
 
@@ -90,13 +91,19 @@ def _to_plain(row: dict[str, Any], plain: Mapping[str, Any] | None) -> dict[str,
     """A row of a network of fewer blocks or timesteps, with its shares those of the plain one's.
 
     A network of two timesteps is what a schedule is that runs no block at the third and fourth.
+    Of a seed whose plain network is not there, cells and FLOPs are known from that of another.
     """
     sides = ("cells_by_block", "cells_by_timestep")
     if plain is None or all(len(row[side]) == len(plain[side]) for side in sides):
         return row
     cells = math.prod(len(row[side]) / len(plain[side]) for side in sides) * row["cells"]
     kinds = {"flops_share": "flops", "sops_share": "sops", "energy_share": "energy_uj"}
-    shares = {share: row[k] / plain[k] if plain[k] else None for share, k in kinds.items()}
+    shares = {
+        share: row[key] / plain[key]
+        if plain[key] and (key == "flops" or row["seed"] == plain["seed"])
+        else None
+        for share, key in kinds.items()
+    }
     return {**row, "cells": cells, **shares}
 
 

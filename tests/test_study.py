@@ -113,6 +113,10 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     assert rows["1 block"]["cells"] == 1 and short["cells"] == 0.5
     assert short["flops_share"] == pytest.approx(rows["1 block"]["flops"] / rows["plain"]["flops"])
     assert 0 < short["flops_share"] < 1
+    # Those of another seed will do, but for what depends on its spikes.
+    alone = study_page._to_plain({**rows["1 block"], "seed": 5}, rows["plain"])
+    assert alone["cells"] == 0.5 and alone["flops_share"] == short["flops_share"]
+    assert alone["sops_share"] is None and alone["energy_share"] is None
     text = study_page.table("tiny", part, found)
     assert text.count("\n") == 7 and "ms at batch 1" in text
     (figure,) = (f for f in study_page.figures({"tiny": found}) if f["method"] == "plain")
