@@ -54,9 +54,6 @@ def run(name: str, seed: int, runs: Path, methods: Sequence[str] | None) -> None
 def latency(name: str, runs: Path, methods: Sequence[str] | None) -> None:
     """Time the trained models of seed 0 in turns."""
     part, folder = PARTS[name](), runs / f"{name}-0"
-    if part.base.model.task == "pixels":
-        _say(f"{name}: not timed, the engine is for whole images")
-        return
     points = _points(part, 0, folder, methods)
     rows = [row for row in read(name, 0) if row["label"] in [p.label for p in points]]
     models = {p.label: load_run(folder / p.key, _config(p)) for p in points}

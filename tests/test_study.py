@@ -159,11 +159,6 @@ def test_differences_are_paired_by_seed():
     }  # fmt: skip
 
 
-def test_models_of_pixels_are_not_timed(place, capsys):
-    study.latency("pixels", place / "runs", None)
-    assert "for whole images" in capsys.readouterr().out
-
-
 def test_tables_are_put_between_their_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n")

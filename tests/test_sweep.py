@@ -44,7 +44,7 @@ def test_a_grid_is_every_combination():
     assert points[2].config.model.halting == "depth" and len({p.key for p in points}) == 4
     with pytest.raises(InvalidValue, match="expected settings among .*; got speed"):
         training_grid(CONFIG, {"speed": [1]})
-    with pytest.raises(InvalidValue, match="a checkpoint can be run with other eps, .*; got depth"):
+    with pytest.raises(InvalidValue, match="a checkpoint can be run .* target, eps, .*; got depth"):
         checkpoint_grid({"eps": [0.1], "depth": [3]})
     with pytest.raises(InvalidValue, match="at least one setting to vary"):
         training_grid(CONFIG, {})
@@ -140,6 +140,9 @@ def test_the_same_point_twice_is_refused(tmp_path):
         sweep([point, point], tmp_path)
     with pytest.raises(InvalidValue, match="expects a checkpoint and images"):
         sweep([Point("eps", changes={"eps": 0.1})], tmp_path)
+    split = data.load("digits", 32)["test"][:8]
+    with pytest.raises(InvalidValue, match="expects training images"):
+        sweep([Point("t", changes={"target": 0.5})], tmp_path, checkpoint="digits", split=split)
 
 
 def test_a_table_shows_means_and_spreads(tmp_path):
@@ -201,3 +204,15 @@ def test_the_command_runs_a_checkpoint_in_other_ways(tmp_path, capsys):
     assert json.loads((tmp_path / "o.json").read_text())["rows"][0]["cells"] == 1.0
     assert cli.main([*options[:-2], "--out", str(tmp_path / "x"), "--plot", "x.txt"]) == 2
     assert "--plot must end in .png or .svg" in capsys.readouterr().err
+
+
+def test_a_checkpoint_at_other_shares_of_cells(tmp_path):
+    options = ["sweep", "--checkpoint", "digits", "--limit", "100", "--batch", "--vary",
+               "target=0.35,0.5,0.6", "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main([*options, "--json", str(tmp_path / "s.json")]) == 0
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["settings"] for row in rows] == [{"target": t} for t in (0.35, 0.5, 0.6)]
+    # No more than that, but as it was counted on training images; jumps are the scores' own.
+    assert all(row["cells"] < row["settings"]["target"] + 0.02 for row in rows)
+    assert 0.25 < rows[0]["cells"] < rows[1]["cells"] < rows[2]["cells"]
+    assert cli.main([*options[:2], "digits-dense", *options[3:]]) == 2

@@ -56,18 +56,20 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         check_integer("sweep", "--batch", size, at_least=1, at_most=1024)
     vary = _vary(args)
     points: list[Point]
-    split = None
+    split = training = None
     if args.checkpoint is None:
         points = training_grid(config_of(args), vary)
     else:
         points = checkpoint_grid(vary)
         model = from_pretrained(args.checkpoint)
-        split = data.load(args.data, model.config.image_size, args.data_dir)["test"]
+        splits = data.load(args.data, model.config.image_size, args.data_dir)
+        split, training = splits["test"], splits["train"]
         if args.limit is not None:
             split = split[: check_integer("sweep", "--limit", args.limit, at_least=1)]
     result = sweep(
-        points, args.out, checkpoint=args.checkpoint, split=split, test=args.test,
-        batches=args.batch, rounds=args.rounds, progress=sys.stderr.isatty(), log=console.print,
+        points, args.out, checkpoint=args.checkpoint, split=split, training=training,
+        test=args.test, batches=args.batch, rounds=args.rounds, progress=sys.stderr.isatty(),
+        log=console.print,
     )  # fmt: skip
     sheet = table(result)
     console.print()

@@ -17,7 +17,8 @@ __all__ = ["EVALUATED", "Point", "checkpoint_grid", "training_grid"]
 
 # What a trained model can be run with instead of what it was trained with.
 EVALUATED = (
-    "eps", "halting", "readout", "merge_r", "merge_threshold", "merge_match", "merge_sizes",
+    "target", "eps", "halting", "readout", "merge_r", "merge_threshold", "merge_match",
+    "merge_sizes",
 )  # fmt: skip
 
 
@@ -32,7 +33,8 @@ class Point:
     config : TrainConfig, optional
         A run to train.
     changes : dict, optional
-        A checkpoint's configuration with these values instead.
+        A checkpoint's configuration with these values instead; with ``target`` its ``beta`` is set
+        for that share of cells.
     """
 
     label: str

@@ -15,7 +15,7 @@ from ..checks import CheckpointError, InvalidValue
 from ..measure import machine
 from ..nn.model import ATSpikformer
 from ..schedule import directed
-from ..train import TrainConfig, train
+from ..train import CALIBRATION, TrainConfig, calibrate, train
 from ..train.loop import splits_of
 from ..train.state import STATE
 from .measure import counted, timed
@@ -33,6 +33,7 @@ def sweep(
     *,
     checkpoint: str | Path | None = None,
     split: data.Split | None = None,
+    training: data.Split | None = None,
     test: bool = False,
     batches: Sequence[int] = (1, 16),
     rounds: int = 11,
@@ -48,6 +49,8 @@ def sweep(
         Receives a folder a run and ``rows.json``, which grows with every point.
     checkpoint : str or path, optional
         What points without a run change, on the images of ``split``.
+    training : Split, optional
+        Images on which the share of cells is counted where such a point has a ``target``.
     test : bool
         Whether runs are measured on the test images; otherwise on those that were held out, where
         there are such.
@@ -76,7 +79,9 @@ def sweep(
     for number, point in enumerate(points, 1):
         seed = "" if point.seed is None else f", seed {point.seed}"
         log(f"{number}/{len(points)}  {point.label}{seed}")
-        model, measured_on, name = _model(point, folder, checkpoint, split, test, progress, log)
+        model, measured_on, name = _model(
+            point, folder, checkpoint, split, training, test, progress, log
+        )
         row = rows.get(point.key)
         of = {"split": name, "digest": _digest(measured_on)}
         if checkpoint is not None:
@@ -108,13 +113,20 @@ def load_run(folder: Path, config: TrainConfig) -> ATSpikformer:
 
 def _model(
     point: Point, folder: Path, checkpoint: str | Path | None, split: data.Split | None,
-    test: bool, progress: bool, log: Log,
+    training: data.Split | None, test: bool, progress: bool, log: Log,
 ) -> tuple[ATSpikformer, data.Split, str]:  # fmt: skip
     """The model of a point, the images it is measured on, and what they are called."""
     if point.config is None:
         if checkpoint is None or split is None:
             raise InvalidValue(f"sweep: point {point.label!r} expects a checkpoint and images")
-        return with_changes(from_pretrained(checkpoint), **dict(point.changes or {})), split, "test"
+        changes = dict(point.changes or {})
+        target = changes.pop("target", None)
+        model = with_changes(from_pretrained(checkpoint), **changes)
+        if target is not None:
+            if training is None:
+                raise InvalidValue(f"sweep: point {point.label!r} expects training images")
+            calibrate(model, training[:CALIBRATION], target)
+        return model, split, "test"
     c = point.config
     place = folder / point.key
     if not _done(place, c):

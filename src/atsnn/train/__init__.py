@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .calibration import calibrate
+from .calibration import CALIBRATION, calibrate
 from .config import TrainConfig
 from .evaluation import Evaluation, evaluate
 from .loop import train
 from .loss import executed_share, training_loss
 
 __all__ = [
+    "CALIBRATION",
     "Evaluation",
     "TrainConfig",
     "calibrate",

@@ -10,7 +10,9 @@ from ..nn.model import ATSpikformer
 from ..schedule import is_directed
 from .evaluation import evaluate
 
-__all__ = ["calibrate"]
+__all__ = ["CALIBRATION", "calibrate"]
+
+CALIBRATION = 2048  # training images that are enough to count a share of cells on
 
 LOWEST, HIGHEST = -12.0, 4.0  # of beta: a score of 6e-6, which halts nothing, and one of 0.98
 HALVINGS = 12

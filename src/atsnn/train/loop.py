@@ -18,7 +18,7 @@ from ..nn.model import ATSpikformer
 from ..schedule import directed
 from .augment import augmented
 from .average import measure_statistics, moving_average
-from .calibration import calibrate
+from .calibration import CALIBRATION, calibrate
 from .config import PRECISIONS, TrainConfig
 from .evaluation import Evaluation, evaluate, target_of
 from .loss import executed_share, training_loss
@@ -29,7 +29,6 @@ __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
 STATISTICS = 100  # batches whose BatchNorm statistics the averaged weights are given
-CALIBRATION = 2048  # training images on which the share of cells is counted at the end
 
 
 def train(
