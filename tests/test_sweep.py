@@ -206,13 +206,17 @@ def test_the_command_runs_a_checkpoint_in_other_ways(tmp_path, capsys):
     assert "--plot must end in .png or .svg" in capsys.readouterr().err
 
 
-def test_a_checkpoint_at_other_shares_of_cells(tmp_path):
+def test_a_checkpoint_at_other_shares_of_cells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("atsnn.sweep.run.CALIBRATION", 64)
     options = ["sweep", "--checkpoint", "digits", "--limit", "100", "--batch", "--vary",
                "target=0.35,0.5,0.6", "--out", str(tmp_path)]  # fmt: skip
     assert cli.main([*options, "--json", str(tmp_path / "s.json")]) == 0
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert [row["settings"] for row in rows] == [{"target": t} for t in (0.35, 0.5, 0.6)]
     # No more than that, but as it was counted on training images; jumps are the scores' own.
-    assert all(row["cells"] < row["settings"]["target"] + 0.02 for row in rows)
+    assert all(row["cells"] < row["settings"]["target"] + 0.03 for row in rows)
     assert 0.25 < rows[0]["cells"] < rows[1]["cells"] < rows[2]["cells"]
+    capsys.readouterr()
+    assert cli.main([*options[:7], "target=0.2", *options[8:]]) == 0
+    assert "20% of the cells is out of reach; left at 6" in capsys.readouterr().out
     assert cli.main([*options[:2], "digits-dense", *options[3:]]) == 2

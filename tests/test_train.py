@@ -354,6 +354,8 @@ def test_beta_is_set_for_a_share():
     assert found == evaluate(model, images).cells and 0.46 < found <= 0.5
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert changed == ["halting.beta"] and model.halting.beta > before["halting.beta"]
+    # All that a rectangle can save: three of four blocks.
+    assert calibrate(model, images, 0.26) == 0.25
     # From wherever it begins, it ends there.
     model.halting.beta.data.fill_(-5.0)
     assert calibrate(model, images, 0.5) == found

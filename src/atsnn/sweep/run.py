@@ -125,7 +125,9 @@ def _model(
         if target is not None:
             if training is None:
                 raise InvalidValue(f"sweep: point {point.label!r} expects training images")
-            calibrate(model, training[:CALIBRATION], target)
+            share = calibrate(model, training[:CALIBRATION], target)
+            if share > target:
+                log(f"  warning: {target:.0%} of the cells is out of reach; left at {share:.0%}")
         return model, split, "test"
     c = point.config
     place = folder / point.key
