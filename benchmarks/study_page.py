@@ -59,8 +59,8 @@ class Difference:
         if self.seeds < 2:
             return ""
         if abs(self.mean) <= self.bound:
-            return ", no difference beyond the noise"
-        return ", better beyond the noise" if self.mean > 0 else ", worse beyond the noise"
+            return "no difference beyond the noise"
+        return f"{'better' if self.mean > 0 else 'worse'} beyond the noise"
 
 
 def difference(ours: Summary, theirs: Summary, name: str = "accuracy") -> Difference | None:
@@ -120,13 +120,20 @@ def table(name: str, part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
         if s.label in part.alone and next(iter(part.alone)) == s.label:
             lines.append("| *of their own, from scratch* " + "| " * (len(head) - 1) + "|")
         to = None if plain is None or s is plain else difference(s, plain, value)
-        cells = [s.label, str(len(s.rows)), with_spread(s, value), "" if to is None else str(to)]
+        cells = [s.label, str(len(s.rows)), with_spread(s, value), _paired(to, s)]
         cells += [percent(s.mean(k)) for k in ("cells", "flops_share", "sops_share")]
         cells.append(percent(s.mean("energy_share")))
         if timed:
             cells += [_number(s.mean(f"latency_ms.{size}")) for size in study.TIMED]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _paired(to: Difference | None, ours: Summary) -> str:
+    """A difference, and of how many seeds where it is not all of them."""
+    if to is None:
+        return ""
+    return str(to) if to.seeds == len(ours.rows) else f"{to} (seeds: {to.seeds})"
 
 
 def _head(columns: Sequence[str], left: int = 1) -> list[str]:
@@ -160,7 +167,7 @@ def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 continue
             to = difference(s, found[PLAIN], value) if label != PLAIN else None
             cells = [PARTS[name]().title if label == PLAIN else "", label, str(len(s.rows))]
-            cells += [with_spread(s, value), "" if to is None else str(to)]
+            cells += [with_spread(s, value), _paired(to, s)]
             cells += [percent(s.mean(key)) for key in ("cells", "flops_share")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -179,16 +186,18 @@ def verdicts(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
         shares = [percent(found[label].mean("cells")) for label in (ours, theirs)]
         lines.append(
             f"- {ours} at {shares[0]} of the cells against {theirs} at {shares[1]}: "
-            f"**{gap}** points of {NAMES[value]} (seeds: {gap.seeds}){gap.told}"
+            f"**{gap}** points of {NAMES[value]} (seeds: {gap.seeds})"
+            + (f", {gap.told}" if gap.told else "")
         )
     return "\n".join(lines) if lines else NOT_YET
 
 
 def choices(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the validation images said of the candidates, for seed 0."""
-    lines = _head(["candidate", "validation accuracy", "cells"])
+    value = _value(rows)
+    lines = _head(["candidate", NAMES[value].replace("test", "validation"), "cells"])
     candidates = [
-        f"| {row['label']} | {percent(row['validation_accuracy'], 2)} | "
+        f"| {row['label']} | {percent(row[f'validation_{value}'], 2)} | "
         f"{percent(row['validation_cells'])} |"
         for row in rows
         if row["seed"] == 0 and row["label"].startswith("static")

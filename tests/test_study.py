@@ -119,6 +119,9 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     assert alone["sops_share"] is None and alone["energy_share"] is None
     text = study_page.table("tiny", part, found)
     assert text.count("\n") == 7 and "ms at batch 1" in text
+    halting = [row for row in found if row["label"] == "halting"]
+    text = study_page.table("tiny", part, [rows["plain"], *halting])
+    assert "(seeds: 1) |" in text.splitlines()[3], "two rows, one pair"
     (figure,) = (f for f in study_page.figures({"tiny": found}) if f["method"] == "plain")
     assert figure["seeds"] == [0, 1] and figure["accuracy"][0] == rows["plain"]["accuracy"]
     assert set(figure["latency_ms"]) == {"1", "16"}
@@ -152,7 +155,7 @@ def test_differences_are_paired_by_seed():
     one = Summary("d", ({"seed": 1, "accuracy": 0.6},))
     assert str(study_page.difference(ours, one)) == "+10.00"
     assert study_page.difference(ours, one).told == ""
-    told = {m: study_page.Difference(m, 0.1, 3).told.strip(", ") for m in (-0.2, -0.1, 0.1, 0.2)}
+    told = {m: study_page.Difference(m, 0.1, 3).told for m in (-0.2, -0.1, 0.1, 0.2)}
     assert told == {
         -0.2: "worse beyond the noise", -0.1: "no difference beyond the noise",
         0.1: "no difference beyond the noise", 0.2: "better beyond the noise",

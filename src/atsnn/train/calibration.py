@@ -14,8 +14,8 @@ __all__ = ["CALIBRATION", "calibrate"]
 
 CALIBRATION = 2048  # training images that are enough to count a share of cells on
 
-# Of beta: a score of 6e-6, which halts nothing, and one of 1 whatever the features add to it, which
-# halts everything after its first block.
+# Of beta: a score of 6e-6, which halts nothing, and one of 1, which halts everything after the
+# first block unless the features take a lot off it.
 LOWEST, HIGHEST = -12.0, 20.0
 HALVINGS = 13
 
