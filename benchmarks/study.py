@@ -90,12 +90,13 @@ def _keep(name: str, seed: int, rows: list[dict[str, Any]]) -> None:
 
 
 def _points(part: Part, seed: int, folder: Path, methods: Sequence[str] | None) -> list[Point]:
-    first, points = part.points(seed, folder)
-    known = [first.label, *(point.label for point in points)]
+    """The runs of those methods, and what they go on from."""
+    points = part.points(seed, folder)
+    known = [point.label for point in points]
     unknown = sorted(set(methods or ()) - set(known))
     if unknown:
         raise SystemExit(f"expected methods of seed {seed} among {known}, got {unknown}")
-    return [first, *(p for p in points if methods is None or p.label in methods)]
+    return [p for p in points if methods is None or p.label in (FIRST, *methods)]
 
 
 def _config(point: Point) -> Any:
@@ -144,10 +145,9 @@ def overview() -> None:
     total = 0.0
     for name, part in _parts().items():
         print(f"{name}: {part.title}, {part.about}")
-        labels = [FIRST, *part.methods, *part.alone]
         most = max(part.seeds, part.more)
         found = {seed: {row["label"]: row for row in read(name, seed)} for seed in range(most)}
-        for label in labels:
+        for label in part.labels:
             wanted = [s for s in range(most) if label == FIRST or part.runs_on(label, s)]
             minutes = sum(found[s][label].get("minutes", 0) for s in wanted if label in found[s])
             done, total = sum(label in found[s] for s in wanted), total + minutes

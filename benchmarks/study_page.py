@@ -80,7 +80,7 @@ def difference(ours: Summary, theirs: Summary, name: str = "accuracy") -> Differ
 def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
     """All rows of a part, methods in its order."""
     found = [row for seed in range(max(part.seeds, part.more)) for row in study.read(name, seed)]
-    order = [*part.methods, *part.alone]
+    order = list(part.methods)
     plain = {row["seed"]: row for row in found if row["label"] == PLAIN}
     one = next(iter(plain.values()), None)
     kept = [_to_plain(row, plain.get(row["seed"], one)) for row in found if row["label"] in order]
@@ -107,7 +107,7 @@ def _to_plain(row: dict[str, Any], plain: Mapping[str, Any] | None) -> dict[str,
     return {**row, "cells": cells, **shares}
 
 
-def table(name: str, part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a method, as Markdown."""
     found = summaries(rows)
     plain = next((s for s in found if s.label == PLAIN), None)
@@ -117,8 +117,6 @@ def table(name: str, part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
     head += ["ms at batch 1", "ms an image at 16"] * timed
     lines = _head(head)
     for s in found:
-        if s.label in part.alone and next(iter(part.alone)) == s.label:
-            lines.append("| *of their own, from scratch* " + "| " * (len(head) - 1) + "|")
         to = None if plain is None or s is plain else difference(s, plain, value)
         cells = [s.label, str(len(s.rows)), with_spread(s, value), _paired(to, s)]
         cells += [percent(s.mean(k)) for k in ("cells", "flops_share", "sops_share")]
@@ -154,12 +152,13 @@ def _number(value: float | None) -> str:
 
 
 def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The plain network, halting and the static schedules of every task, for the README."""
+    """The plain network, halting and what it has to beat, of every task, for the README."""
     head = ["task", "method", "seeds", "accuracy", "to plain", "cells", "FLOPs"]
     lines = _head(head, left=2)
     for name, rows in parts.items():
         value = _value(rows)
-        found = {s.label: s for s in summaries(rows) if s.label in PARTS[name]().methods}
+        compared = {label for pair in PARTS[name]().pairs for label in pair}
+        found = {s.label: s for s in summaries(rows) if s.label in compared}
         assert PLAIN in found, f"expected a row of {PLAIN!r} in part {name}, got {list(found)}"
         for label, s in found.items():
             known = len(s.rows) >= LEAST and len(found[PLAIN].rows) >= LEAST
@@ -245,7 +244,7 @@ MARKS = dict(zip(KINDS, "D^sov", strict=True))
 def picture(part: Part, rows: Sequence[Mapping[str, Any]]) -> Plot:
     """Accuracy against the share of cells, one point a method."""
     value = _value(rows)
-    found = [s for s in summaries(rows) if s.label in part.methods]
+    found = summaries(rows)
 
     def draw(axes: Any) -> None:
         seen: set[str] = set()
@@ -300,7 +299,7 @@ def main() -> None:
     texts = {}
     for name, rows in parts.items():
         part = PARTS[name]()
-        texts[f"table {name}"] = table(name, part, rows)
+        texts[f"table {name}"] = table(rows)
         texts[f"verdict {name}"] = verdicts(part, rows)
         texts[f"choices {name}"] = choices(part, rows)
         texts[f"details {name}"] = details(rows)

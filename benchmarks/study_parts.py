@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,12 @@ class Part:
     ----------
     title, about : str
     base : TrainConfig
-        Of the first phase: a plain network from scratch.
-    second : dict
-        Settings of the second phase, in which methods go on from it.
+        Of a plain network from scratch: the first phase, or all there is.
+    second : dict, optional
+        Settings of the second phase, in which methods go on from it; ``None``: there is no such
+        phase, and every method is trained from scratch.
     methods : dict
-        By label the settings that differ in the second phase.
-    alone : dict
-        By label the settings of networks of their own, trained from scratch for as many epochs as
-        both phases have.
+        By label the settings that differ from the second phase's, or from the base's.
     seeds : int
         How many the study runs; ``more`` of them for the methods named in ``headline``.
     candidates : tuple of str
@@ -51,9 +49,8 @@ class Part:
     title: str
     about: str
     base: TrainConfig
-    second: dict[str, Any]
+    second: dict[str, Any] | None
     methods: dict[str, dict[str, Any]]
-    alone: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: int = 3
     headline: tuple[str, ...] = ()
     more: int = 0
@@ -66,50 +63,46 @@ class Part:
             return seed == 0
         return seed < (self.more if label in self.headline else self.seeds)
 
-    def points(self, seed: int, runs: Path) -> tuple[Point, list[Point]]:
-        """The first phase's run and those of all methods, for a seed."""
+    @property
+    def labels(self) -> list[str]:
+        """Of everything that is trained, the first phase too."""
+        return [FIRST] * (self.second is not None) + list(self.methods)
+
+    def points(self, seed: int, runs: Path) -> list[Point]:
+        """The runs of a seed, those before the others that others go on from."""
         base = with_settings(self.base, {"seed": seed, "target": None})
-        first = Point(FIRST, config=base)
-        init = str(runs / first.key)
-        found = [
-            Point(label, config=with_settings(base, {**self.second, "init": init, **changes}))
+        found, shared = [], {}
+        if self.second is not None:
+            found = [Point(FIRST, config=base)]
+            shared = {**self.second, "init": str(runs / found[0].key)}
+        return found + [
+            Point(label, config=with_settings(base, {**shared, **changes}))
             for label, changes in self.methods.items()
+            if self.runs_on(label, seed)
         ]
-        epochs = self.base.epochs + self.second["epochs"]
-        found += [
-            Point(label, config=with_settings(base, {"epochs": epochs, **changes}))
-            for label, changes in self.alone.items()
-        ]
-        return first, [point for point in found if self.runs_on(point.label, seed)]
+
+
+def _fashion_network(epochs: int) -> TrainConfig:
+    return TrainConfig(
+        SpikformerConfig(image_size=28, in_channels=1, embed_dim=48, num_heads=3, T=2),
+        data="fashion-mnist", validation=5000, epochs=epochs, lr=0.01, shift=0, flip=True,
+        precision="bf16", target=None,
+    )  # fmt: skip
+
+
+FASHION = "55,000 training and 10,000 test images, 28x28, 49 tokens"
+LEARNED = {**HALTING, "score": "linear", "target": 0.565}
 
 
 def _fashion() -> Part:
-    model = SpikformerConfig(image_size=28, in_channels=1, embed_dim=48, num_heads=3, T=2)
-    base = TrainConfig(
-        model, data="fashion-mnist", validation=5000, epochs=4, lr=0.01, flip=True,
-        precision="bf16", target=None,
-    )  # fmt: skip
-    halting = {**HALTING, "score": "linear", "target": 0.55}
     return Part(
-        "Fashion-MNIST",
-        "55,000 training and 10,000 test images, 28x28, 49 tokens",
-        base, {"epochs": 2, "lr": 0.005, "ema": 0.998},
+        "Fashion-MNIST", FASHION, _fashion_network(4), None,
         {
             "plain": PLAIN,
-            "halting": halting,
-            "merging": {**PLAIN, "merge_r": (24, 4, 4)},
-            "halting + merging": {**halting, "merge_r": (12, 6, 3)},
-            "static 3,1": static(3, 1),
+            "halting": LEARNED,
             "static 2,2": static(2, 2),
-            "halting, 40 %": {**HALTING, "target": 0.4},
-            "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
-            "halting, depth (A-ViT at each t)": {**halting, "halting": "depth"},
-            "halting, sequential": {**halting, "halting": "sequential"},
-            "constant score": {**halting, "score": "constant"},
-            "random halting": {"halting": "depth", "policy": "random:0.55"},
-            "top tokens by firing": {"halting": "depth", "policy": "top:0.6,0.4,0.25"},
-        },
-        {
+            "static 3,1": static(3, 1),
+            "halting + merging": {**LEARNED, "merge_r": (12, 6, 3)},
             "1 block": {**PLAIN, "depth": 1},
             "2 blocks": {**PLAIN, "depth": 2},
             "3 blocks": {**PLAIN, "depth": 3},
@@ -120,13 +113,37 @@ def _fashion() -> Part:
     )  # fmt: skip
 
 
+def _fashion_tuned() -> Part:
+    return Part(
+        "Fashion-MNIST, going on from a plain network", FASHION,
+        _fashion_network(3), {"epochs": 1, "lr": 0.002, "ema": 0.99},
+        {
+            "plain": PLAIN,
+            "halting": LEARNED,
+            "halting, 40 %": {**LEARNED, "target": 0.4},
+            "halting, depth (A-ViT at each t)": {**LEARNED, "halting": "depth"},
+            "halting, sequential": {**LEARNED, "halting": "sequential"},
+            "halting, first channel": {**LEARNED, "score": "first"},
+            "static 2,2": static(2, 2),
+            "constant score": {**LEARNED, "score": "constant"},
+            "random halting": {"halting": "depth", "policy": "random:0.55"},
+            "top tokens by firing": {"halting": "depth", "policy": "top:0.6,0.4,0.25"},
+            "merging": {**PLAIN, "merge_r": (24, 4, 4)},
+            "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
+            "halting + merging": {**LEARNED, "merge_r": (12, 6, 3)},
+        },
+        pairs=(("halting", "plain"), ("halting", "random halting"),
+               ("merging", "merging, random pairs")),
+    )  # fmt: skip
+
+
 def _scenes(epochs: int, **model: Any) -> TrainConfig:
     """The first phase of scenes: small networks, as there are 256 tokens."""
     return TrainConfig(
         SpikformerConfig(
             image_size=64, in_channels=1, embed_dim=32, num_heads=2, mlp_ratio=2, T=2, **model
         ),
-        data="cluttered-digits", validation=2000, epochs=epochs, batch_size=32, lr=0.01,
+        data="cluttered-digits", validation=2000, epochs=epochs, batch_size=32, lr=0.01, shift=0,
         precision="bf16", target=None,
     )  # fmt: skip
 
@@ -136,24 +153,18 @@ def _cluttered() -> Part:
         "Cluttered digits",
         "one handwritten digit at a random place and scale among pieces of others; 18,000 training "
         "and 5,000 test images, 64x64, 256 tokens",
-        _scenes(6), {"epochs": 2, "lr": 0.005, "warmup": 0.1},
+        _scenes(4), None,
         {
             "plain": PLAIN,
-            "halting 37 %": {**HALTING, "target": 0.365},
+            "halting": {**HALTING, "score": "linear", "target": 0.37},
             "static 2,1": static(2, 1),
-            "halting 25 %": {**HALTING, "target": 0.25},
             "static 1,1": static(1, 1),
-            "halting 50 %": {**HALTING, "target": 0.49},
-            "static 2,2": static(2, 2),
-            "static 3,1": static(3, 1),
-        },
-        {
             "1 block": {**PLAIN, "depth": 1},
             "2 blocks": {**PLAIN, "depth": 2},
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
         },
-        pairs=(("halting 37 %", "plain"), ("halting 37 %", "static 2,1")),
+        pairs=(("halting", "plain"), ("halting", "static 2,1")),
     )  # fmt: skip
 
 
@@ -161,27 +172,28 @@ def _pixels() -> Part:
     return Part(
         "Cluttered digits, pixel by pixel",
         "the same scenes; for every pixel the class of the digit it is of, or background. The "
-        "first phase has 2 timesteps, the second 4",
+        "first phase has 2 timesteps, the second 6",
         _scenes(4, num_classes=11, task="pixels", depth=2),
-        {"epochs": 2, "lr": 0.005, "warmup": 0.1, "T": 4},
+        {"epochs": 2, "lr": 0.005, "warmup": 0.1, "T": 6},
         {
+            # A timestep without a block does not exist: the network has fewer.
+            "halting": {"halting": "sequential", "score": "linear", "target": 0.248},
+            "static 1,1,1": {**static(1, 1, 1), "T": 3},
+            "static 2,1": {**static(2, 1), "T": 2},
             "plain": PLAIN,
-            "halting": {"halting": "sequential", "score": "linear", "target": 0.36},
-            # A timestep without a block does not exist: the network has one fewer.
-            "static 1,1,1,0": {**static(1, 1, 1), "T": 3},
-            "static 2,1,0,0": {**static(2, 1), "T": 2},
-            "static 1,1,0,0": {**static(1, 1), "T": 2},
-            "static 1,1,1,1": static(1, 1, 1, 1),
+            "static 1,1,1,1,1,1": static(1, 1, 1, 1, 1, 1),
+            "static 1,1": {**static(1, 1), "T": 2},
             "merging": {**PLAIN, "merge_r": 128},
             "merging, random pairs": {**PLAIN, "merge_r": 128, "merge_match": "random"},
         },
-        candidates=("static 2,1,0,0",),
-        pairs=(("halting", "plain"), ("halting", "static 1,1,1,0")),
+        headline=("halting", "static 1,1,1"), more=5, candidates=("static 2,1",),
+        pairs=(("halting", "plain"), ("halting", "static 1,1,1")),
     )  # fmt: skip
 
 
 PARTS: dict[str, Callable[[], Part]] = {
     "fashion": _fashion,
+    "fashion-tuned": _fashion_tuned,
     "cluttered": _cluttered,
     "pixels": _pixels,
 }

@@ -276,7 +276,7 @@ def test_what_ships_has_a_card(name):
     else:  # of the study, whose part is that network's
         assert words[:3] == ["python", "benchmarks/study.py", "fashion"]
         assert words[3:] == ["--seeds", "0", "--methods", "pretrained", "halting"]
-        _, points = study_parts.PARTS["fashion"]().points(0, Path("runs"))
+        points = study_parts.PARTS["fashion"]().points(0, Path("runs"))
         (config,) = (point.config for point in points if point.label == "halting")
         assert config.model == model.config and config.data == extra["data"]
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -33,8 +34,8 @@ def tiny() -> study_parts.Part:
             "halting": {**study_parts.HALTING, "target": 0.8},
             "static 2,1": study_parts.static(2, 1),
             "static 1,1": study_parts.static(1, 1),
+            "1 timestep": {**study_parts.PLAIN, "T": 1},
         },
-        {"1 block": {**study_parts.PLAIN, "depth": 1}},
         seeds=1, headline=("plain", "halting"), more=2, candidates=("static 1,1",),
         pairs=(("halting", "plain"), ("halting", "static 2,1"), ("halting", "merging")),
     )  # fmt: skip
@@ -50,33 +51,39 @@ def place(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", sorted(study_parts.PARTS))
 def test_every_method_of_a_part_is_a_run_of_its_own(name, tmp_path):
     part = study_parts.PARTS[name]()
-    budget = part.base.epochs + part.second["epochs"]
     for seed in range(max(part.seeds, part.more)):
-        first, points = part.points(seed, tmp_path)
-        assert len({point.key for point in (first, *points)}) == len(points) + 1
-        assert first.config.model.halting is None and first.config.init is None
+        points = part.points(seed, tmp_path)
+        assert len({point.key for point in points}) == len(points)
+        first = points.pop(0) if part.second is not None else None
+        assert first is None or (first.label == study_parts.FIRST and not first.config.halts)
+        assert points[0].label in part.methods
         for point in points:
             c = point.config
             assert c.seed == seed and c.validation > 0
-            # All have seen the same images as often.
-            assert c.epochs + (first.config.epochs if c.init else 0) == budget
-            assert c.init in (None, str(tmp_path / first.key))
+            # All have seen the same images as often, and go on from the same network, if any.
+            assert c.epochs == points[0].config.epochs
+            assert c.init == (None if first is None else str(tmp_path / first.key))
     assert part.pairs and {label for pair in part.pairs for label in pair} <= set(part.methods)
 
 
 def test_who_runs_with_which_seed():
     part = tiny()
-    labels = [[p.label for p in part.points(seed, Path("runs"))[1]] for seed in (0, 1)]
+    labels = [[p.label for p in part.points(seed, Path("runs"))] for seed in (0, 1)]
     assert labels == [
-        ["plain", "halting", "static 2,1", "static 1,1", "1 block"], ["plain", "halting"],
+        ["pretrained", "plain", "halting", "static 2,1", "static 1,1", "1 timestep"],
+        ["pretrained", "plain", "halting"],
     ]  # fmt: skip
+    assert part.labels == labels[0]
+    scratch = dataclasses.replace(part, second=None)
+    assert [p.label for p in scratch.points(0, Path("runs"))] == scratch.labels == labels[0][1:]
+    assert all(p.config.init is None for p in scratch.points(0, Path("runs")))
 
 
 def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     study.run("tiny", 0, place / "runs", None)
     study.run("tiny", 1, place / "runs", ["plain", "halting"])
     rows = {row["label"]: row for row in study.read("tiny", 0)}
-    assert set(rows) == {"pretrained", "plain", "halting", "static 2,1", "static 1,1", "1 block"}
+    assert list(rows) == tiny().labels
     assert all(row["split"] == "test" and row["images"] == 360 for row in rows.values())
     assert rows["static 2,1"]["cells"] == 0.75 and rows["plain"]["cells"] == 1
     assert "validation_accuracy" in rows["halting"]
@@ -108,19 +115,20 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     assert [(row["label"], row["seed"]) for row in found][:3] == [
         ("plain", 0), ("plain", 1), ("halting", 0)
     ]  # fmt: skip
-    # Shares are those of the plain network's, of which one block is a half.
-    (short,) = (row for row in found if row["label"] == "1 block")
-    assert rows["1 block"]["cells"] == 1 and short["cells"] == 0.5
-    assert short["flops_share"] == pytest.approx(rows["1 block"]["flops"] / rows["plain"]["flops"])
+    # Shares are those of the plain network's, of which one timestep is a half.
+    (short,) = (row for row in found if row["label"] == "1 timestep")
+    assert rows["1 timestep"]["cells"] == 1 and short["cells"] == 0.5
+    flops = rows["1 timestep"]["flops"] / rows["plain"]["flops"]
+    assert short["flops_share"] == pytest.approx(flops)
     assert 0 < short["flops_share"] < 1
     # Those of another seed will do, but for what depends on its spikes.
-    alone = study_page._to_plain({**rows["1 block"], "seed": 5}, rows["plain"])
+    alone = study_page._to_plain({**rows["1 timestep"], "seed": 5}, rows["plain"])
     assert alone["cells"] == 0.5 and alone["flops_share"] == short["flops_share"]
     assert alone["sops_share"] is None and alone["energy_share"] is None
-    text = study_page.table("tiny", part, found)
-    assert text.count("\n") == 7 and "ms at batch 1" in text
+    text = study_page.table(found)
+    assert text.count("\n") == 6 and "ms at batch 1" in text
     halting = [row for row in found if row["label"] == "halting"]
-    text = study_page.table("tiny", part, [rows["plain"], *halting])
+    text = study_page.table([rows["plain"], *halting])
     assert "(seeds: 1) |" in text.splitlines()[3], "two rows, one pair"
     (figure,) = (f for f in study_page.figures({"tiny": found}) if f["method"] == "plain")
     assert figure["seeds"] == [0, 1] and figure["accuracy"][0] == rows["plain"]["accuracy"]
