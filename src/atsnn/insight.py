@@ -69,7 +69,7 @@ class Insight:
 
     @property
     def won(self) -> float:
-        """Share of images that they turn from wrong to right."""
+        """Share of images, or of pixels, that they turn from wrong to right."""
         return float((self.right & (self.without != self.labels)).double().mean())
 
 
@@ -183,14 +183,15 @@ def _by_ink(found: Insight) -> Sheet:
         blocks = _mean(found.blocks[chosen])
         share = float(chosen.double().mean())
         sheet.add(name, percent(share), "-" if blocks is None else f"{blocks:.2f}")
-    sheet.note = "blocks run: averaged over the timesteps; background: no pixel brighter than 0.15."
+    background = f"no pixel brighter than {INK}" if found.asked == "images" else "no object's pixel"
+    sheet.note = f"blocks run: averaged over the timesteps; background: {background}."
     return sheet
 
 
 def draw_classes(found: Insight, split: Split, path: str | Path) -> Path:
     """Draw, for each class, the mean image and the mean number of blocks each token ran.
 
-    The images that keep most and fewest cells stand beside them.
+    Below them the images that keep most and fewest cells, each with the blocks of its own tokens.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -198,29 +199,31 @@ def draw_classes(found: Insight, split: Split, path: str | Path) -> Path:
     classes = found.classes.unique().tolist()
     check_integer("draw_classes", "classes", len(classes), at_least=1, at_most=64)
     side = round(found.blocks.shape[1] ** 0.5)
-    figure = Figure(figsize=(1.15 * len(classes) + 0.9, 5.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(1.15 * len(classes) + 0.9, 7.3), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(4, len(classes), squeeze=False)
+    axes = figure.subplots(6, len(classes), squeeze=False)
     top = float(found.blocks.max())
-    names = ("mean image", "mean blocks", "most cells", "fewest cells")
+    scale: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": top}
+    names = ("mean image", "mean blocks", "most cells", "its blocks", "fewest cells", "its blocks")
     for column, k in enumerate(classes):
         chosen = (found.classes == k).nonzero().squeeze(1)
         cells = found.cells[chosen]
         most, fewest = chosen[cells.argmax()], chosen[cells.argmin()]
         shown = found.blocks[chosen].mean(0).view(side, side)
         axes[0, column].imshow(split[chosen].images.mean((0, 1)).numpy(), cmap="gray")
-        picture = axes[1, column].imshow(shown.numpy(), cmap="viridis", vmin=0, vmax=top)
-        for row, index in ((2, most), (3, fewest)):
+        picture = axes[1, column].imshow(shown.numpy(), **scale)
+        for row, index in ((2, most), (4, fewest)):
             axes[row, column].imshow(split[index[None]].images[0].mean(0).numpy(), cmap="gray",
                                      vmin=0, vmax=1)  # fmt: skip
-            axes[row, column].set_xlabel(percent(float(found.cells[index]), 0), fontsize=7)
+            axes[row, column].set_title(percent(float(found.cells[index]), 0), fontsize=7, pad=2)
+            axes[row + 1, column].imshow(found.blocks[index].view(side, side).numpy(), **scale)
         axes[0, column].set_title(f"{k}  {percent(float(cells.mean()), 0)}", fontsize=8)
     for row, name in enumerate(names):
         axes[row, 0].set_ylabel(name, fontsize=8)
     for one in axes.flat:
         one.set_xticks([])
         one.set_yticks([])
-    figure.colorbar(picture, ax=axes[1, :].tolist(), shrink=0.9, label="blocks").ax.tick_params(
+    figure.colorbar(picture, ax=axes[1, :].tolist(), shrink=0.9, pad=0.01, label="blocks").ax.tick_params(
         labelsize=7
     )
     path = Path(path)
