@@ -7,8 +7,6 @@ import json
 import pickle
 import shlex
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +22,6 @@ from atsnn.testing import exact_images, exact_model
 from atsnn.train import TrainConfig, evaluate
 from atsnn.train.options import add_options, command_of, config_of
 from atsnn.train.settings import with_settings
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import study_parts
 
 CONFIGURATION = atsnn.SpikformerConfig(
     image_size=8, in_channels=1, num_classes=3, embed_dim=16, depth=2, num_heads=2, T=2,
@@ -268,17 +262,11 @@ def test_what_ships_has_a_card(name):
     assert (folder / CARD).read_text() == model_card(model.config, extra, name)
     assert {"data", "command", "seed", "epochs", "test_accuracy", "test_cells"} <= set(extra)
     words = shlex.split(extra["command"])
-    if words[:2] == ["atsnn", "train"]:
-        parser = argparse.ArgumentParser()
-        add_options(parser)
-        config = config_of(parser.parse_known_args(words[2:])[0])
-        assert config.model == model.config and config.data == extra["data"]
-    else:  # of the study, whose part is that network's
-        assert words[:3] == ["python", "benchmarks/study.py", "fashion"]
-        assert words[3:] == ["--seeds", "0", "--methods", "pretrained", "halting"]
-        points = study_parts.PARTS["fashion"]().points(0, Path("runs"))
-        (config,) = (point.config for point in points if point.label == "halting")
-        assert config.model == model.config and config.data == extra["data"]
+    assert words[:2] == ["atsnn", "train"]
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    config = config_of(parser.parse_known_args(words[2:])[0])
+    assert config.model == model.config and config.data == extra["data"]
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
 
 
