@@ -223,9 +223,8 @@ def draw_classes(found: Insight, split: Split, path: str | Path) -> Path:
     for one in axes.flat:
         one.set_xticks([])
         one.set_yticks([])
-    figure.colorbar(picture, ax=axes[1, :].tolist(), shrink=0.9, pad=0.01, label="blocks").ax.tick_params(
-        labelsize=7
-    )
+    bar = figure.colorbar(picture, ax=axes[1, :].tolist(), shrink=0.9, pad=0.01, label="blocks")
+    bar.ax.tick_params(labelsize=7)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
