@@ -18,6 +18,7 @@ import study
 from scipy import stats
 from study_parts import PARTS, Part
 
+from atsnn import SpikformerConfig
 from atsnn.bench.plots import COLOURS, Plot, save
 from atsnn.sheets import percent
 from atsnn.sweep.output import Summary, summaries, with_spread
@@ -83,27 +84,32 @@ def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
     order = list(part.methods)
     plain = {row["seed"]: row for row in found if row["label"] == PLAIN}
     one = next(iter(plain.values()), None)
-    kept = [_to_plain(row, plain.get(row["seed"], one)) for row in found if row["label"] in order]
+    full = part.network
+    kept = [
+        _to_plain(row, full, plain.get(row["seed"], one)) for row in found if row["label"] in order
+    ]
     return sorted(kept, key=lambda row: order.index(row["label"]))
 
 
-def _to_plain(row: dict[str, Any], plain: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A row of a network of fewer blocks or timesteps, with its shares those of the plain one's.
+def _to_plain(
+    row: dict[str, Any], full: SpikformerConfig, plain: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A row of a network of fewer blocks or timesteps, with its shares those of the full one's.
 
     A network of two timesteps is what a schedule is that runs no block at the third and fourth.
-    Of a seed whose plain network is not there, cells and FLOPs are known from that of another.
+    FLOPs are known from the plain network's row of any seed, what spikes cost from the same seed's.
     """
-    sides = ("cells_by_block", "cells_by_timestep")
-    if plain is None or all(len(row[side]) == len(plain[side]) for side in sides):
+    sides = (len(row["cells_by_block"]), len(row["cells_by_timestep"]))
+    if sides == (full.depth, full.T):
         return row
-    cells = math.prod(len(row[side]) / len(plain[side]) for side in sides) * row["cells"]
     kinds = {"flops_share": "flops", "sops_share": "sops", "energy_share": "energy_uj"}
     shares = {
         share: row[key] / plain[key]
-        if plain[key] and (key == "flops" or row["seed"] == plain["seed"])
+        if plain and plain[key] and (key == "flops" or row["seed"] == plain["seed"])
         else None
         for share, key in kinds.items()
     }
+    cells = math.prod(sides) / (full.depth * full.T) * row["cells"]
     return {**row, "cells": cells, **shares}
 
 
@@ -159,16 +165,15 @@ def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         value = _value(rows)
         compared = {label for pair in PARTS[name]().pairs for label in pair}
         found = {s.label: s for s in summaries(rows) if s.label in compared}
-        assert PLAIN in found, f"expected a row of {PLAIN!r} in part {name}, got {list(found)}"
+        title = PARTS[name]().title
         for label, s in found.items():
-            known = len(s.rows) >= LEAST and len(found[PLAIN].rows) >= LEAST
-            if not known or kind_of(label) not in ("plain", "halting", "static"):
+            if len(s.rows) < LEAST or kind_of(label) not in ("plain", "halting", "static"):
                 continue
-            to = difference(s, found[PLAIN], value) if label != PLAIN else None
-            cells = [PARTS[name]().title if label == PLAIN else "", label, str(len(s.rows))]
-            cells += [with_spread(s, value), _paired(to, s)]
+            to = difference(s, found[PLAIN], value) if PLAIN in found and label != PLAIN else None
+            cells = [title, label, str(len(s.rows)), with_spread(s, value), _paired(to, s)]
             cells += [percent(s.mean(key)) for key in ("cells", "flops_share")]
             lines.append("| " + " | ".join(cells) + " |")
+            title = ""
     return "\n".join(lines)
 
 

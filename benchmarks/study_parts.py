@@ -68,6 +68,11 @@ class Part:
         """Of everything that is trained, the first phase too."""
         return [FIRST] * (self.second is not None) + list(self.methods)
 
+    @property
+    def network(self) -> SpikformerConfig:
+        """The full one, of whose cells the shares are."""
+        return with_settings(self.base, {**(self.second or {}), **PLAIN}).model
+
     def points(self, seed: int, runs: Path) -> list[Point]:
         """The runs of a seed, those before the others that others go on from."""
         base = with_settings(self.base, {"seed": seed, "target": None})
