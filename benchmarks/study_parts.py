@@ -74,7 +74,7 @@ class Part:
         return with_settings(self.base, {**(self.second or {}), **PLAIN}).model
 
     def points(self, seed: int, runs: Path) -> list[Point]:
-        """The runs of a seed, those before the others that others go on from."""
+        """The runs of a seed; what others go on from comes first."""
         base = with_settings(self.base, {"seed": seed, "target": None})
         found, shared = [], {}
         if self.second is not None:
@@ -97,6 +97,7 @@ def _fashion_network(epochs: int) -> TrainConfig:
 
 FASHION = "55,000 training and 10,000 test images, 28x28, 49 tokens"
 LEARNED = {**HALTING, "score": "linear", "target": 0.565}
+BOTH = {**LEARNED, "merge_r": (12, 6, 3)}
 
 
 def _fashion() -> Part:
@@ -107,7 +108,7 @@ def _fashion() -> Part:
             "halting": LEARNED,
             "static 2,2": static(2, 2),
             "static 3,1": static(3, 1),
-            "halting + merging": {**LEARNED, "merge_r": (12, 6, 3)},
+            "halting + merging": BOTH,
             "1 block": {**PLAIN, "depth": 1},
             "2 blocks": {**PLAIN, "depth": 2},
             "3 blocks": {**PLAIN, "depth": 3},
@@ -131,11 +132,11 @@ def _fashion_tuned() -> Part:
             "halting, first channel": {**LEARNED, "score": "first"},
             "static 2,2": static(2, 2),
             "constant score": {**LEARNED, "score": "constant"},
-            "random halting": {"halting": "depth", "policy": "random:0.55"},
+            "random halting": {"halting": "depth", "policy": "random:0.565"},
             "top tokens by firing": {"halting": "depth", "policy": "top:0.6,0.4,0.25"},
             "merging": {**PLAIN, "merge_r": (24, 4, 4)},
             "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
-            "halting + merging": {**LEARNED, "merge_r": (12, 6, 3)},
+            "halting + merging": BOTH,
         },
         pairs=(("halting", "plain"), ("halting", "random halting"),
                ("merging", "merging, random pairs")),
@@ -161,7 +162,7 @@ def _cluttered() -> Part:
         _scenes(4), None,
         {
             "plain": PLAIN,
-            "halting": {**HALTING, "score": "linear", "target": 0.37},
+            "halting": {**LEARNED, "target": 0.37},
             "static 2,1": static(2, 1),
             "static 1,1": static(1, 1),
             "1 block": {**PLAIN, "depth": 1},

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import atsnn
 from atsnn import cli, data
@@ -75,6 +76,24 @@ def test_groups_by_hand():
     assert by_class.rows[0] == ["0", "2", "30.0 %", "50.00 %", "100.00 %"]
     assert "25.00 % of the images from right to wrong" in by_confidence.note
     assert by_ink.rows[1] == ["background", "50.0 %", "3.25"]
+    assert "background: no pixel brighter than 0.15." in by_ink.note
+
+
+def test_the_picture_shows_the_blocks_of_the_very_images(found, split, tmp_path, monkeypatch):
+    shown = []
+    draw = Axes.imshow
+    monkeypatch.setattr(
+        Axes, "imshow", lambda self, x, **k: (shown.append(x), draw(self, x, **k))[1]
+    )
+    draw_classes(found, split, tmp_path / "classes.png")
+    classes = found.classes.unique()
+    assert len(shown) == 6 * len(classes)
+    for k, drawn in zip(classes, zip(*[iter(shown)] * 6, strict=True), strict=True):
+        chosen = (found.classes == k).nonzero().squeeze(1)
+        cells = found.cells[chosen]
+        for at, index in ((2, chosen[cells.argmax()]), (4, chosen[cells.argmin()])):
+            assert (drawn[at] == split.images[index].mean(0).numpy()).all()
+            assert (drawn[at + 1] == found.blocks[index].view(8, 8).numpy()).all()
 
 
 def test_the_picture_and_the_command(found, split, tmp_path, capsys):

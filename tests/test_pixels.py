@@ -201,3 +201,4 @@ def test_insight_goes_pixel_by_pixel():
     right = (predicted == scenes.maps)[chosen].float().mean()
     assert group["images"] == int(chosen.sum()) and group["accuracy"] == pytest.approx(float(right))
     assert "of the pixels from right" in insight_sheets(found)[1].note
+    assert "background: no object's pixel." in insight_sheets(found)[2].note
