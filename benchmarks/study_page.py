@@ -199,7 +199,7 @@ def verdicts(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
 def choices(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the validation images said of the candidates, for seed 0."""
     value = _value(rows)
-    lines = _head(["candidate", NAMES[value].replace("test", "validation"), "cells"])
+    lines = _head(["candidate", "validation " + NAMES[value].removeprefix("test "), "cells"])
     candidates = [
         f"| {row['label']} | {percent(row[f'validation_{value}'], 2)} | "
         f"{percent(row['cells'])} |"  # a schedule's share is the same for all images

@@ -141,7 +141,9 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     lines = study_page.headline({"tiny": found}).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["plain", "halting"]
     assert study_page.choices(part, found).count("\n") == 3
-    fewer = [{**short, "label": "static 2"}]
+    assert study_page.choices(part, found).startswith("| candidate | validation accuracy |")
+    fewer = [{**short, "label": "static 2", "mean_iou": 0.5, "validation_mean_iou": 0.5}]
+    assert study_page.choices(part, fewer).startswith("| candidate | validation mean IoU |")
     assert study_page.choices(part, fewer).endswith(" 50.0 % |"), "of the full network's cells"
     first, second = study_page.verdicts(part, found).splitlines()
     assert first.startswith("- halting at ") and "against plain at 100.0 %" in first

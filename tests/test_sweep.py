@@ -214,7 +214,7 @@ def test_a_checkpoint_at_other_shares_of_cells(tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert [row["settings"] for row in rows] == [{"target": t} for t in (0.35, 0.5, 0.6)]
     # No more than that, but as it was counted on training images; jumps are the scores' own.
-    assert all(row["cells"] < row["settings"]["target"] + 0.03 for row in rows)
+    assert all(row["cells"] < row["settings"]["target"] + 0.02 for row in rows)
     assert 0.25 < rows[0]["cells"] < rows[1]["cells"] < rows[2]["cells"]
     capsys.readouterr()
     assert cli.main([*options[:7], "target=0.2", *options[8:]]) == 0
