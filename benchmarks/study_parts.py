@@ -192,8 +192,9 @@ def _pixels() -> Part:
             "merging": {**PLAIN, "merge_r": 128},
             "merging, random pairs": {**PLAIN, "merge_r": 128, "merge_match": "random"},
         },
-        headline=("halting", "static 1,1,1"), more=5, candidates=("static 2,1",),
-        pairs=(("halting", "plain"), ("halting", "static 1,1,1")),
+        headline=("halting", "static 1,1,1", "static 2,1"), more=5,
+        pairs=(("halting", "plain"), ("halting", "static 1,1,1"), ("halting", "static 2,1"),
+               ("halting", "static 1,1,1,1,1,1")),
     )  # fmt: skip
 
 
