@@ -5,10 +5,10 @@
     python benchmarks/study.py fashion --latency       time seed 0's models, on a quiet machine
     python benchmarks/study.py --all --jobs 2          all of it, a process for each core
 
-A part trains a plain Spikformer from scratch and goes on from its weights with every method, the
-plain one too, so that all have had the same epochs, images and seeds. What is compared is thus the
-method and not the luck of a start. Results are rows of docs/results/study/PART-SEED.json, of which
-``study_page.py`` makes the page.
+A part trains every method from scratch, or trains a plain Spikformer and goes on from its weights
+with every method, the plain one too: all have the same epochs, images and seeds, so what is
+compared is the method and not the luck of a start. Results are rows of
+docs/results/study/PART-SEED.json, of which ``study_page.py`` makes the page.
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ class Part:
         By label the settings that differ from the second phase's, or from the base's.
     seeds : int
         How many the study runs; ``more`` of them for the methods named in ``headline``.
-    candidates : tuple of str
-        Methods that seed 0 alone runs: what is chosen among them, is chosen by its validation
-        images.
+    once : tuple of str
+        Methods that seed 0 alone runs: candidates, of which its validation images choose, and
+        ablations.
     pairs : tuple of (str, str)
         Methods whose difference answers the question: one that halts, and what it has to beat.
     """
@@ -54,12 +54,12 @@ class Part:
     seeds: int = 3
     headline: tuple[str, ...] = ()
     more: int = 0
-    candidates: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
 
     def runs_on(self, label: str, seed: int) -> bool:
         """Whether the study has that method for that seed."""
-        if label in self.candidates:
+        if label in self.once:
             return seed == 0
         return seed < (self.more if label in self.headline else self.seeds)
 
@@ -97,6 +97,7 @@ def _fashion_network(epochs: int) -> TrainConfig:
 
 FASHION = "55,000 training and 10,000 test images, 28x28, 49 tokens"
 LEARNED = {**HALTING, "score": "linear", "target": 0.565}
+WEIGHTS = (0.01, 0.1, 1.0)  # of the ponder loss, without a budget
 BOTH = {**LEARNED, "merge_r": (12, 6, 3)}
 
 
@@ -114,7 +115,7 @@ def _fashion() -> Part:
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
         },
-        headline=("plain", "halting", "static 2,2"), more=10, candidates=("static 3,1",),
+        headline=("plain", "halting", "static 2,2"), more=10, once=("static 3,1",),
         pairs=(("halting", "plain"), ("halting", "static 2,2")),
     )  # fmt: skip
 
@@ -130,6 +131,8 @@ def _fashion_tuned() -> Part:
             "halting, depth (A-ViT at each t)": {**LEARNED, "halting": "depth"},
             "halting, sequential": {**LEARNED, "halting": "sequential"},
             "halting, first channel": {**LEARNED, "score": "first"},
+            **{f"halting, ponder weight {w:g}": {**LEARNED, "target": None, "ponder_weight": w}
+               for w in WEIGHTS},
             "static 2,2": static(2, 2),
             "constant score": {**LEARNED, "score": "constant"},
             "random halting": {"halting": "depth", "policy": "random:0.565"},
@@ -138,6 +141,7 @@ def _fashion_tuned() -> Part:
             "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
             "halting + merging": BOTH,
         },
+        once=tuple(f"halting, ponder weight {w:g}" for w in WEIGHTS),
         pairs=(("halting", "plain"), ("halting", "random halting"),
                ("merging", "merging, random pairs")),
     )  # fmt: skip

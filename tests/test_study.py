@@ -36,7 +36,7 @@ def tiny() -> study_parts.Part:
             "static 1,1": study_parts.static(1, 1),
             "1 timestep": {**study_parts.PLAIN, "T": 1},
         },
-        seeds=1, headline=("plain", "halting"), more=2, candidates=("static 1,1",),
+        seeds=1, headline=("plain", "halting"), more=2, once=("static 1,1",),
         pairs=(("halting", "plain"), ("halting", "static 2,1"), ("halting", "merging")),
     )  # fmt: skip
 
