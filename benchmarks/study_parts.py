@@ -178,6 +178,9 @@ def _cluttered() -> Part:
     )  # fmt: skip
 
 
+DENSE = {"halting": "sequential", "score": "linear"}
+
+
 def _pixels() -> Part:
     return Part(
         "Cluttered digits, pixel by pixel",
@@ -187,7 +190,8 @@ def _pixels() -> Part:
         {"epochs": 2, "lr": 0.005, "warmup": 0.1, "T": 6},
         {
             # A timestep without a block does not exist: the network has fewer.
-            "halting": {"halting": "sequential", "score": "linear", "target": 0.248},
+            "halting": {**DENSE, "target": 0.248},
+            "halting, 3 timesteps": {**DENSE, "target": 0.498, "T": 3},
             "static 1,1,1": {**static(1, 1, 1), "T": 3},
             "static 2,1": {**static(2, 1), "T": 2},
             "plain": PLAIN,
@@ -198,6 +202,7 @@ def _pixels() -> Part:
         },
         headline=("halting", "static 1,1,1", "static 2,1"), more=5,
         pairs=(("halting", "plain"), ("halting", "static 1,1,1"), ("halting", "static 2,1"),
+               ("halting, 3 timesteps", "static 1,1,1"),
                ("halting", "static 1,1,1,1,1,1")),
     )  # fmt: skip
 
