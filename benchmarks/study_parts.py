@@ -115,7 +115,17 @@ def _fashion() -> Part:
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
         },
-        headline=("plain", "halting", "static 2,2"), more=10, once=("static 3,1",),
+        headline=("plain", "halting", "static 2,2"), more=5, once=("static 3,1",),
+        pairs=(("halting", "plain"), ("halting", "static 2,2")),
+    )  # fmt: skip
+
+
+def _fashion_long() -> Part:
+    return Part(
+        "Fashion-MNIST, trained longer", FASHION,
+        _fashion_network(4), {"epochs": 4, "lr": 0.005, "warmup": 0.1},
+        {"plain": PLAIN, "halting": LEARNED, "static 2,2": static(2, 2)},
+        seeds=5,
         pairs=(("halting", "plain"), ("halting", "static 2,2")),
     )  # fmt: skip
 
@@ -209,6 +219,7 @@ def _pixels() -> Part:
 
 PARTS: dict[str, Callable[[], Part]] = {
     "fashion": _fashion,
+    "fashion-long": _fashion_long,
     "fashion-tuned": _fashion_tuned,
     "cluttered": _cluttered,
     "pixels": _pixels,
