@@ -28,7 +28,7 @@ PAGE = DOCS / "results" / "study.md"
 README = DOCS.parent / "README.md"
 FIGURES = DOCS / "results" / "study.json"
 PLAIN = "plain"
-LEAST = 3  # seeds of what the README shows
+LEAST = 3  # seeds of what the README shows, and of which anything is concluded
 NOT_YET = "*(not run yet)*"
 
 
@@ -56,8 +56,8 @@ class Difference:
 
     @property
     def told(self) -> str:
-        """What the interval says of the sign."""
-        if self.seeds < 2:
+        """What the interval says of the sign; of too few seeds nothing."""
+        if self.seeds < LEAST:
             return ""
         if abs(self.mean) <= self.bound:
             return "no difference beyond the noise"

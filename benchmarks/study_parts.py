@@ -97,7 +97,11 @@ def _fashion_network(epochs: int) -> TrainConfig:
 
 FASHION = "55,000 training and 10,000 test images, 28x28, 49 tokens"
 LEARNED = {**HALTING, "score": "linear", "target": 0.565}
-WEIGHTS = (0.01, 0.1, 1.0)  # of the ponder loss, without a budget
+SEQUENTIAL = {**LEARNED, "halting": "sequential"}
+UNBUDGETED = {
+    f"halting, ponder weight {weight:g}": {**LEARNED, "target": None, "ponder_weight": weight}
+    for weight in (0.01, 0.1, 1.0)
+}
 BOTH = {**LEARNED, "merge_r": (12, 6, 3)}
 
 
@@ -139,10 +143,9 @@ def _fashion_tuned() -> Part:
             "halting": LEARNED,
             "halting, 40 %": {**LEARNED, "target": 0.4},
             "halting, depth (A-ViT at each t)": {**LEARNED, "halting": "depth"},
-            "halting, sequential": {**LEARNED, "halting": "sequential"},
+            "halting, sequential": SEQUENTIAL,
             "halting, first channel": {**LEARNED, "score": "first"},
-            **{f"halting, ponder weight {w:g}": {**LEARNED, "target": None, "ponder_weight": w}
-               for w in WEIGHTS},
+            **UNBUDGETED,
             "static 2,2": static(2, 2),
             "constant score": {**LEARNED, "score": "constant"},
             "random halting": {"halting": "depth", "policy": "random:0.565"},
@@ -151,7 +154,7 @@ def _fashion_tuned() -> Part:
             "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
             "halting + merging": BOTH,
         },
-        once=tuple(f"halting, ponder weight {w:g}" for w in WEIGHTS),
+        once=tuple(UNBUDGETED),
         pairs=(("halting", "plain"), ("halting", "random halting"),
                ("merging", "merging, random pairs")),
     )  # fmt: skip
@@ -188,9 +191,6 @@ def _cluttered() -> Part:
     )  # fmt: skip
 
 
-DENSE = {"halting": "sequential", "score": "linear"}
-
-
 def _pixels() -> Part:
     return Part(
         "Cluttered digits, pixel by pixel",
@@ -200,8 +200,8 @@ def _pixels() -> Part:
         {"epochs": 2, "lr": 0.005, "warmup": 0.1, "T": 6},
         {
             # A timestep without a block does not exist: the network has fewer.
-            "halting": {**DENSE, "target": 0.248},
-            "halting, 3 timesteps": {**DENSE, "target": 0.498, "T": 3},
+            "halting": {**SEQUENTIAL, "target": 0.248},
+            "halting, 3 timesteps": {**SEQUENTIAL, "target": 0.498, "T": 3},
             "static 1,1,1": {**static(1, 1, 1), "T": 3},
             "static 2,1": {**static(2, 1), "T": 2},
             "plain": PLAIN,

@@ -169,6 +169,7 @@ def test_differences_are_paired_by_seed():
     one = Summary("d", ({"seed": 1, "accuracy": 0.6},))
     assert str(study_page.difference(ours, one)) == "+10.00"
     assert study_page.difference(ours, one).told == ""
+    assert study_page.Difference(0.2, 0.1, 2).told == "", "of two seeds nothing is concluded"
     told = {m: study_page.Difference(m, 0.1, 3).told for m in (-0.2, -0.1, 0.1, 0.2)}
     assert told == {
         -0.2: "worse beyond the noise", -0.1: "no difference beyond the noise",
