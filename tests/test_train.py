@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -16,10 +17,11 @@ import atsnn
 from atsnn import data
 from atsnn.checks import CheckpointError, InvalidValue
 from atsnn.nn.blocks import Context
+from atsnn.nn.model import batch_norms
 from atsnn.schedule import directed, is_directed
 from atsnn.train import TrainConfig, calibrate, evaluate, train, training_loss
 from atsnn.train.augment import augmented
-from atsnn.train.average import moving_average
+from atsnn.train.average import measure_statistics, moving_average
 from atsnn.train.loop import _step, splits_of
 from atsnn.train.loss import executed_share
 from atsnn.train.optimizer import optimizer_of, schedule_of
@@ -331,20 +333,56 @@ def test_the_average_is_what_is_saved(tmp_path):
     assert torch.equal(saved.head.weight, state["average"]["module.head.weight"])
 
 
-def test_averaged_weights_get_statistics_of_their_own(tmp_path):
-    """What the first convolution puts out with averaged weights, over the first epoch's batches."""
-    config = dataclasses.replace(CONFIG, epochs=1, ema=0.9, shift=0)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_statistics_are_those_of_the_weights_that_are_saved(tmp_path, ema):
+    """What the first convolution puts out with them, over the first epoch's batches."""
+    config = dataclasses.replace(CONFIG, epochs=1, ema=ema, shift=0)
     result, _ = train(config, tmp_path)
     images, size = splits_of(config)[0], config.batch_size
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     used = images[order[: len(images) // size * size]].images
+    bn = result.patch_embed.proj_bn
     with torch.no_grad():
         out = result.patch_embed.proj_conv(used).double()
-    bn = result.patch_embed.proj_bn
     torch.testing.assert_close(bn.running_mean.double(), out.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
-    assert int(bn.num_batches_tracked) == len(images) // size
+    assert int(bn.num_batches_tracked) == len(images) // size and bn.momentum == 0.1
     state = torch.load(tmp_path / STATE, weights_only=True)["model"]
-    assert not torch.allclose(bn.running_mean, state["patch_embed.proj_bn.running_mean"], rtol=0.02)
+    kept = torch.allclose(bn.running_mean, state["patch_embed.proj_bn.running_mean"], rtol=0.02)
+    assert kept == (ema == 0)
+
+
+@pytest.mark.parametrize("spoiled", [0.0, 1e6])
+def test_no_odd_batch_is_left_in_measured_statistics(spoiled):
+    torch.manual_seed(0)
+    model = atsnn.ATSpikformer(MODEL)
+    other = copy.deepcopy(model)
+    for norm in batch_norms(other):
+        norm.running_mean.fill_(spoiled)
+        norm.running_var.fill_(spoiled)
+    batches = data.load("digits", 8)["train"][:96].images.split(32)
+    for one in (model, other):
+        measure_statistics(one, batches)
+    same(model, other)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("halting", ["sequential", "rectangle"])
+def test_statistics_that_no_batch_updates_are_kept(halting):
+    """Of a sequential accumulator's blocks, and of a block in which no token is active."""
+    torch.manual_seed(0)
+    model = atsnn.ATSpikformer(MODEL.replace(halting=halting))
+    model.halting.beta.data.fill_(20.0)  # everything halts after the first block
+    for norm in batch_norms(model):
+        norm.running_mean.fill_(0.25)
+    measure_statistics(model, [data.load("digits", 8)["train"][:32].images])
+    changed = {
+        name.rpartition(".")[0]
+        for name, value in model.named_buffers()
+        if name.endswith("running_mean") and not bool((value == 0.25).all())
+    }
+    assert "patch_embed.proj_bn" in changed
+    blocks = {name.split(".")[1] for name in changed if name.startswith("block.")}
+    assert blocks == (set() if halting == "sequential" else {"0"})
 
 
 def test_beta_is_set_for_a_share():

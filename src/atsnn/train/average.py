@@ -1,4 +1,4 @@
-"""The moving average of the weights, and its BatchNorm statistics."""
+"""The moving average of the weights, and BatchNorm statistics measured after training."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..nn.model import batch_norms
 from .config import TrainConfig
 
 __all__ = ["measure_statistics", "moving_average"]
@@ -27,6 +28,35 @@ def moving_average(model: nn.Module, config: TrainConfig) -> AveragedModel | Non
 
 
 @torch.no_grad()
-def measure_statistics(average: AveragedModel, batches: Iterable[Tensor]) -> None:
-    """Set the BatchNorm statistics of averaged weights to their means over training images."""
-    update_bn(batches, average.module)
+def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set BatchNorm statistics to their means over training images, with the weights as they are.
+
+    The statistics that training keeps are a moving average over its last ten batches or so, whose
+    weights differed; one odd batch stands out in it, and neurons with a threshold pass that on
+    ("precise BatchNorm", Wu and Johnson, arXiv 2105.07576, section 3).
+
+    Parameters
+    ----------
+    model : Module
+        Left in training mode. A BatchNorm that no batch updates keeps its statistics: one of a
+        block in which no token was active, or of a sequential accumulator's blocks, which train
+        with theirs as they are.
+    batches : iterable of Tensor
+        Images, each in the form that ``model`` takes.
+    """
+    kept = [
+        (norm, norm.momentum, tracked, tracked.clone())
+        for norm in batch_norms(model)
+        if (tracked := norm.num_batches_tracked) is not None
+    ]
+    for norm, _, tracked, _ in kept:
+        norm.momentum = None  # the mean of all batches, of which the first replaces what was there
+        tracked.zero_()
+    model.train()
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for norm, momentum, tracked, before in kept:
+            norm.momentum = momentum
+            tracked.copy_(before)

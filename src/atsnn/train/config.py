@@ -46,7 +46,7 @@ class TrainConfig:
         ``clip`` is the largest gradient norm.
     ema : float
         Decay, per step, of the exponential moving average of the weights, which is what is then
-        evaluated and saved, with BatchNorm statistics measured on training images; 0: none.
+        evaluated and saved; 0: none.
     shift : int
         Training images are shifted by up to this many pixels.
     flip : bool

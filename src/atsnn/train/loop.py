@@ -28,7 +28,7 @@ from .state import STATE, Progress, Run
 __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
-STATISTICS = 100  # batches whose BatchNorm statistics the averaged weights are given
+STATISTICS = 100  # batches over which BatchNorm's statistics are measured after an epoch
 
 
 def train(
@@ -44,7 +44,8 @@ def train(
     """Train a model, writing a checkpoint to ``folder`` after every epoch.
 
     Under ``accelerate launch`` it runs on several processes, which average their gradients; each
-    takes its part of every batch, and the budget goes by the cells that all of them executed.
+    takes its part of every batch, and the budget goes by the cells that all of them executed. What
+    is evaluated and saved has BatchNorm statistics measured on up to 100 training batches.
 
     Parameters
     ----------
@@ -138,11 +139,10 @@ def train(
                 saved = time.monotonic()
         bar.close()
         if main:
-            if run.average is not None:
-                first = range(min(batches, STATISTICS))
-                measure_statistics(
-                    run.average, (batch(order, epoch * batches + i, i).images for i in first)
-                )
+            first = range(min(batches, STATISTICS))
+            measure_statistics(
+                run.result, (batch(order, epoch * batches + i, i).images for i in first)
+            )
             if config.halts and config.target is not None and epoch + 1 == config.epochs:
                 calibrate(run.result, training[:CALIBRATION], config.target)
             found = evaluate(run.result, held_out)
