@@ -39,11 +39,12 @@ TIMED = (1, 16)
 
 def run(name: str, seed: int, runs: Path, methods: Sequence[str] | None) -> None:
     """Train and test what is not yet, for a seed; a row is written as soon as it is known."""
-    folder = runs / f"{name}-{seed}"
-    for point in _points(PARTS[name](), seed, folder, methods):
+    part = PARTS[name]()
+    folder = part.folder(seed, runs)
+    for label, point in _points(part, seed, runs, methods).items():
         begun, fresh = time.monotonic(), not (folder / point.key).exists()
         (row,) = sweep([point], folder, test=True, batches=(), log=_say)["rows"]
-        row = {key: value for key, value in row.items() if key != "settings"}
+        row = {key: value for key, value in row.items() if key != "settings"} | {"label": label}
         row |= _learned(folder / point.key)
         row |= _detail(point, folder)
         if fresh:  # a run that was cut off, or trained before, took longer than this call
@@ -53,10 +54,10 @@ def run(name: str, seed: int, runs: Path, methods: Sequence[str] | None) -> None
 
 def latency(name: str, runs: Path, methods: Sequence[str] | None) -> None:
     """Time the trained models of seed 0 in turns."""
-    part, folder = PARTS[name](), runs / f"{name}-0"
-    points = _points(part, 0, folder, methods)
-    rows = [row for row in read(name, 0) if row["label"] in [p.label for p in points]]
-    models = {p.label: load_run(folder / p.key, _config(p)) for p in points}
+    part = PARTS[name]()
+    folder, points = part.folder(0, runs), _points(part, 0, runs, methods)
+    rows = [row for row in read(name, 0) if row["label"] in points]
+    models = {label: load_run(folder / p.key, _config(p)) for label, p in points.items()}
     c = part.base
     images = data.load(c.data, c.model.image_size, c.data_dir)["test"][: max(TIMED)].images
     for label, found in timed(models, images, TIMED, rounds=21).items():
@@ -89,14 +90,17 @@ def _keep(name: str, seed: int, rows: list[dict[str, Any]]) -> None:
     _path(name, seed).write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _points(part: Part, seed: int, folder: Path, methods: Sequence[str] | None) -> list[Point]:
-    """The runs of those methods, and what they go on from."""
-    points = part.points(seed, folder)
-    known = [point.label for point in points]
-    unknown = sorted(set(methods or ()) - set(known))
+def _points(part: Part, seed: int, runs: Path, methods: Sequence[str] | None) -> dict[str, Point]:
+    """The runs of those methods by label, and what they go on from."""
+    points = part.points(seed, runs)
+    unknown = sorted(set(methods or ()) - set(points))
     if unknown:
-        raise SystemExit(f"expected methods of seed {seed} among {known}, got {unknown}")
-    return [p for p in points if methods is None or p.label in (FIRST, *methods)]
+        raise SystemExit(f"expected methods of seed {seed} among {list(points)}, got {unknown}")
+    return {
+        label: point
+        for label, point in points.items()
+        if methods is None or label in (FIRST, *methods)
+    }
 
 
 def _config(point: Point) -> Any:
@@ -120,19 +124,27 @@ def _detail(point: Point, folder: Path) -> dict[str, Any]:
 
 
 def everything(runs: Path, jobs: int) -> None:
-    """Every seed of every part, in ``jobs`` processes of one thread, then the timing."""
-    seeds = {name: max(part.seeds, part.more) for name, part in _parts().items()}
+    """Every seed of every part, in ``jobs`` processes of one thread, then the timing.
+
+    Parts that share a folder of runs are not run at once: one trains what the other waits for.
+    """
+    tasks: dict[Path, list[list[str]]] = {}
+    for name, part in _parts().items():
+        for seed in range(max(part.seeds, part.more)):
+            tasks.setdefault(part.folder(seed, runs), []).append([name, "--seeds", str(seed)])
     command = [sys.executable, __file__, "--runs", str(runs)]
     # As `make bench-X` has it: glibc is not to give memory back and fault it in again.
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": str(2**32),
                         "MALLOC_MMAP_THRESHOLD_": str(2**25)}  # fmt: skip
-    tasks = [[name, "--seeds", str(seed)] for name, count in seeds.items() for seed in range(count)]
+
+    def work(queue: list[list[str]]) -> list[list[str]]:
+        return [task for task in queue if subprocess.run([*command, *task], env=env).returncode]
+
     with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(lambda task: subprocess.run([*command, *task], env=env).returncode, tasks)
-        failed = [task for task, code in zip(tasks, done, strict=True) if code]
+        failed = [task for left in pool.map(work, tasks.values()) for task in left]
     if failed:
         raise SystemExit(f"failed: {failed}")
-    for name in seeds:
+    for name in PARTS:
         subprocess.run([*command, name, "--latency"], env=env, check=True)
 
 

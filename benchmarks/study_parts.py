@@ -73,18 +73,22 @@ class Part:
         """The full one, of whose cells the shares are."""
         return with_settings(self.base, {**(self.second or {}), **PLAIN}).model
 
-    def points(self, seed: int, runs: Path) -> list[Point]:
-        """The runs of a seed; what others go on from comes first."""
+    def folder(self, seed: int, runs: Path) -> Path:
+        """Of a seed's runs: one for all parts with the same images, which share plain networks."""
+        return runs / f"{self.base.data}-{seed}"
+
+    def points(self, seed: int, runs: Path) -> dict[str, Point]:
+        """The runs of a seed by label; what others go on from comes first."""
         base = with_settings(self.base, {"seed": seed, "target": None})
-        found, shared = [], {}
+        found, shared = {}, {}
         if self.second is not None:
-            found = [Point(FIRST, config=base)]
-            shared = {**self.second, "init": str(runs / found[0].key)}
-        return found + [
-            Point(label, config=with_settings(base, {**shared, **changes}))
+            found = {FIRST: Point("plain", config=base)}
+            shared = {**self.second, "init": str(self.folder(seed, runs) / found[FIRST].key)}
+        return found | {
+            label: Point(label, config=with_settings(base, {**shared, **changes}))
             for label, changes in self.methods.items()
             if self.runs_on(label, seed)
-        ]
+        }
 
 
 def _fashion_network(epochs: int) -> TrainConfig:
@@ -137,7 +141,7 @@ def _fashion_long() -> Part:
 def _fashion_tuned() -> Part:
     return Part(
         "Fashion-MNIST, going on from a plain network", FASHION,
-        _fashion_network(3), {"epochs": 1, "lr": 0.002, "ema": 0.99},
+        _fashion_network(4), {"epochs": 1, "lr": 0.002, "ema": 0.99},
         {
             "plain": PLAIN,
             "halting": LEARNED,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,30 +54,37 @@ def test_every_method_of_a_part_is_a_run_of_its_own(name, tmp_path):
     part = study_parts.PARTS[name]()
     for seed in range(max(part.seeds, part.more)):
         points = part.points(seed, tmp_path)
-        assert len({point.key for point in points}) == len(points)
-        first = points.pop(0) if part.second is not None else None
-        assert first is None or (first.label == study_parts.FIRST and not first.config.halts)
-        assert points[0].label in part.methods
-        for point in points:
+        assert len({point.key for point in points.values()}) == len(points)
+        first = None if part.second is None else points.pop(study_parts.FIRST)
+        assert first is None or not first.config.halts
+        assert points and set(points) <= set(part.methods)
+        epochs = {point.config.epochs for point in points.values()}
+        for point in points.values():
             c = point.config
             assert c.seed == seed and c.validation > 0
             # All have seen the same images as often, and go on from the same network, if any.
-            assert c.epochs == points[0].config.epochs
-            assert c.init == (None if first is None else str(tmp_path / first.key))
+            assert {c.epochs} == epochs
+            place = part.folder(seed, tmp_path)
+            assert c.init == (None if first is None else str(place / first.key))
     assert part.pairs and {label for pair in part.pairs for label in pair} <= set(part.methods)
 
 
 def test_who_runs_with_which_seed():
     part = tiny()
-    labels = [[p.label for p in part.points(seed, Path("runs"))] for seed in (0, 1)]
+    labels = [list(part.points(seed, Path("runs"))) for seed in (0, 1)]
     assert labels == [
         ["pretrained", "plain", "halting", "static 2,1", "static 1,1", "1 timestep"],
         ["pretrained", "plain", "halting"],
     ]  # fmt: skip
     assert part.labels == labels[0]
     scratch = dataclasses.replace(part, second=None)
-    assert [p.label for p in scratch.points(0, Path("runs"))] == scratch.labels == labels[0][1:]
-    assert all(p.config.init is None for p in scratch.points(0, Path("runs")))
+    points = scratch.points(0, Path("runs"))
+    assert list(points) == scratch.labels == labels[0][1:]
+    assert all(point.config.init is None for point in points.values())
+    # The plain network from scratch is what the other part goes on from: it is trained once.
+    settings = dataclasses.replace(part, methods={"plain": study_parts.PLAIN}).points(0, Path("r"))
+    assert settings[study_parts.FIRST].key == points["plain"].key
+    assert part.folder(0, Path("r")) == scratch.folder(0, Path("r")) != part.folder(1, Path("r"))
 
 
 def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
@@ -183,3 +191,23 @@ def test_tables_are_put_between_their_marks(tmp_path):
     study_page.fill(page, {"one": r"new \1", "absent": "x"})
     want = "a\n<!-- one -->\nnew \\1\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
     assert page.read_text() == want
+
+
+def test_runs_that_parts_share_are_trained_once(monkeypatch, tmp_path):
+    """All of a folder's parts in one queue; a failure is told of when the others are done."""
+    calls = []
+
+    def run(command, env, check=False):
+        calls.append(command[command.index(str(tmp_path)) + 1 :])
+        return subprocess.CompletedProcess(command, int(calls[-1] == ["fashion", "--seeds", "1"]))
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "PARTS", {n: study_parts.PARTS[n] for n in ("fashion", "pixels")}
+                        | {"fashion-long": study_parts.PARTS["fashion-long"]})  # fmt: skip
+    with pytest.raises(SystemExit, match=r"failed: \[\['fashion', '--seeds', '1'\]\]"):
+        study.everything(tmp_path, 1)
+    assert calls[:2] == [["fashion", "--seeds", "0"], ["fashion-long", "--seeds", "0"]]
+    assert len(calls) == 15 and not any("--latency" in call for call in calls)
+    del study.PARTS["fashion"]
+    study.everything(tmp_path, 4)
+    assert calls[-2:] == [["pixels", "--latency"], ["fashion-long", "--latency"]]
