@@ -101,6 +101,7 @@ def _fashion_network(epochs: int) -> TrainConfig:
 
 FASHION = "55,000 training and 10,000 test images, 28x28, 49 tokens"
 LEARNED = {**HALTING, "score": "linear", "target": 0.565}
+GRADUAL = {**LEARNED, "target_anneal": 0.5}
 SEQUENTIAL = {**LEARNED, "halting": "sequential"}
 UNBUDGETED = {
     f"halting, ponder weight {weight:g}": {**LEARNED, "target": None, "ponder_weight": weight}
@@ -132,7 +133,7 @@ def _fashion_long() -> Part:
     return Part(
         "Fashion-MNIST, trained longer", FASHION,
         _fashion_network(4), {"epochs": 4, "lr": 0.005, "warmup": 0.1},
-        {"plain": PLAIN, "halting": LEARNED, "static 2,2": static(2, 2)},
+        {"plain": PLAIN, "halting": GRADUAL, "static 2,2": static(2, 2)},
         seeds=5,
         pairs=(("halting", "plain"), ("halting", "static 2,2")),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from atsnn.schedule import directed, is_directed
 from atsnn.train import TrainConfig, calibrate, evaluate, train, training_loss
 from atsnn.train.augment import augmented
 from atsnn.train.average import measure_statistics, moving_average
-from atsnn.train.loop import _step, splits_of
+from atsnn.train.loop import _model, _step, splits_of
 from atsnn.train.loss import executed_share
 from atsnn.train.optimizer import optimizer_of, schedule_of
 from atsnn.train.settings import with_settings
@@ -190,6 +190,33 @@ def test_the_budget_pulls_towards_its_target():
     for progress, weight in ((0.0, 0.0), (0.1, 0.025), (0.4, 0.1), (0.9, 0.1)):
         loss = training_loss(trace, labels, rising, share, progress)
         torch.testing.assert_close(loss - plain, weight * trace.ponder_loss)
+    falling = dataclasses.replace(CONFIG, target=0.5, target_anneal=0.8)
+    for progress, budget in ((0.0, 1.0), (0.4, 0.75), (0.6, 0.625), (0.8, 0.5), (1.0, 0.5)):
+        loss = training_loss(trace, labels, falling, share, progress)
+        torch.testing.assert_close(loss - plain, (share - budget) * trace.ponder_loss)
+
+
+@pytest.mark.parametrize("halting", ["rectangle", "depth", "sequential"])
+def test_a_falling_budget_begins_with_all_cells(halting):
+    images = data.load("digits", 8)["train"][:16].images
+    shares = []
+    for anneal in (0.0, 0.5):
+        torch.manual_seed(0)
+        config = dataclasses.replace(
+            CONFIG, model=MODEL.replace(halting=halting, T=4), target_anneal=anneal
+        )
+        shares.append(float(executed_share(_model(config)(images, return_trace=True))))
+    assert shares[0] < 1 == shares[1]
+
+
+def test_a_falling_budget_ends_at_its_target(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, epochs=8, batch_size=16, lr=0.05, target=0.6, target_anneal=0.5
+    )
+    train(config, tmp_path)
+    history = json.loads((tmp_path / "training.json").read_text())["history"]
+    cells = [epoch["cells"] for epoch in history]
+    assert cells[0] > 0.9 and max(cells[-2:]) < 0.75, cells
 
 
 def test_alpha_and_beta_learn_ten_times_as_fast_without_decay():

@@ -62,6 +62,9 @@ class TrainConfig:
         ponder`` with the detached share of the batch, and ``beta`` is set at the end such that
         training images execute no more (:func:`atsnn.train.calibrate`). ``None``: the loss adds
         ``ponder_weight * ponder``.
+    target_anneal : float
+        Share of the steps in which the budget falls from all cells to ``target``, linearly; the
+        run then begins with scores that halt nothing.
     policy : str, optional
         Halting by a rule instead of learned scores; see :func:`atsnn.schedule.directed`.
     init : str, optional
@@ -92,6 +95,7 @@ class TrainConfig:
     flip: bool = False
     erase: float = 0.0
     ponder_warmup: float = 0.0
+    target_anneal: float = 0.0
     policy: str | None = None
     init: str | None = None
     precision: str = "fp32"
@@ -116,7 +120,7 @@ class TrainConfig:
             check_number(op, name, getattr(self, name), at_least=0)
         for name in ("label_smoothing", "warmup", "ema"):
             check_number(op, name, getattr(self, name), at_least=0, below=1)
-        for name in ("erase", "ponder_warmup"):
+        for name in ("erase", "ponder_warmup", "target_anneal"):
             check_number(op, name, getattr(self, name), at_least=0, at_most=1)
         if self.limit is not None:
             check_integer(op, "limit", self.limit, at_least=self.batch_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import data
 from ..checkpoint import check_empty_or_ours, from_pretrained
@@ -28,6 +29,7 @@ from .state import STATE, Progress, Run
 __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
+WHOLE = -6.0  # of beta: a score of 0.0025, with which nothing halts and the last block is read
 STATISTICS = 100  # batches over which BatchNorm's statistics are measured after an epoch
 
 
@@ -212,6 +214,8 @@ def _model(config: TrainConfig) -> ATSpikformer:
     model = ATSpikformer(config.model)
     if config.init is not None:
         _begin_with(model, config.init)
+    if config.target_anneal and model.halting is not None:
+        nn.init.constant_(model.halting.beta, WHOLE)  # the budget falls from all cells
     return model if config.policy is None else directed(model, config.policy)
 
 

@@ -33,13 +33,20 @@ def training_loss(
     share : float
         Executed share of cells of the whole batch, over all processes.
     progress : float
-        Share of the run's steps that are done, for the ponder weight's warm-up.
+        Share of the run's steps that are done, for the ponder weight's warm-up and the budget's
+        fall.
     """
     loss = nnf.cross_entropy(trace.logits, target, label_smoothing=config.label_smoothing)
     if config.halts:
-        pull = 1.0 if config.target is None else share - config.target
+        pull = 1.0 if config.target is None else share - _budget(config.target, config, progress)
         weight = config.ponder_weight
         if config.ponder_warmup:
             weight *= min(1.0, progress / config.ponder_warmup)
         loss = loss + weight * pull * trace.ponder_loss
     return loss
+
+
+def _budget(target: float, config: TrainConfig, progress: float) -> float:
+    """The share of cells to aim at now."""
+    left = 1 - progress / config.target_anneal if config.target_anneal else 0.0
+    return target + (1 - target) * max(0.0, left)

@@ -71,6 +71,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     halting.add_argument(
         "--target", type=float, default=0.6, help="share of cells to execute, the budget"
     )
+    halting.add_argument("--target-anneal", type=float, default=0.0, metavar="SHARE",
+                         help="share of the steps in which the budget falls to it")  # fmt: skip
     halting.add_argument("--ponder-weight", type=float, default=1.0, help="of the ponder loss")
     halting.add_argument("--ponder-warmup", type=float, default=0.0,
                          help="share of the steps in which that weight rises")  # fmt: skip
@@ -107,7 +109,7 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
         limit=args.limit, validation=args.validation, seed=args.seed, warmup=args.warmup,
         ema=args.ema, precision=args.precision, init=args.init, policy=args.policy,
         target=None if args.no_budget else args.target, ponder_weight=args.ponder_weight,
-        ponder_warmup=args.ponder_warmup,
+        ponder_warmup=args.ponder_warmup, target_anneal=args.target_anneal,
     )  # fmt: skip
 
 
