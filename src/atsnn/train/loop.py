@@ -30,7 +30,7 @@ __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
 WHOLE = -6.0  # of beta: a score of 0.0025, with which nothing halts and the last block is read
-STATISTICS = 100  # batches over which BatchNorm's statistics are measured after an epoch
+STATISTICS = 100  # batches for BatchNorm's statistics after the last epoch; after others a tenth
 
 
 def train(
@@ -141,11 +141,12 @@ def train(
                 saved = time.monotonic()
         bar.close()
         if main:
-            first = range(min(batches, STATISTICS))
+            last = epoch + 1 == config.epochs
+            first = range(min(batches, STATISTICS if last else STATISTICS // 10))
             measure_statistics(
                 run.result, (batch(order, epoch * batches + i, i).images for i in first)
             )
-            if config.halts and config.target is not None and epoch + 1 == config.epochs:
+            if config.halts and config.target is not None and last:
                 calibrate(run.result, training[:CALIBRATION], config.target)
             found = evaluate(run.result, held_out)
             line = _close_epoch(run, batches, found)
