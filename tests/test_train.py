@@ -500,6 +500,9 @@ def test_a_plain_spikformer_learns_to_halt(tmp_path):
     for name, weight in plain.named_parameters():
         torch.testing.assert_close(tuned.get_parameter(name), weight, msg=name)
     assert tuned.halting is not None
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    first = "    atsnn train --image-size 8 --embed-dim 16 --depth 2 --heads 2"
+    assert card.count(first) == 2 and card.count(f"--out {tmp_path / 'plain'}") == 1
     back = dataclasses.replace(
         still, model=MODEL.replace(halting=None), init=str(tmp_path / "tuned")
     )

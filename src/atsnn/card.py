@@ -49,8 +49,8 @@ def model_card(
     ----------
     config : SpikformerConfig
     extra : dict, optional
-        What is known of its training: ``data``, ``command``, ``seed``, ``epochs``, measured
-        accuracies and shares of cells.
+        What is known of its training: ``data``, ``command``, ``seed``, ``epochs``, ``init`` and
+        the ``init_command`` that made it, measured accuracies and shares of cells.
     name : str
         What to load it by.
     """
@@ -101,8 +101,13 @@ def _training(known: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     found = ["## Training", "", "| | |", "|---|---|", *rows, ""]
-    if "command" in known:
-        found += ["Command:", "", f"    {known['command']}", ""]
+    commands = [
+        f"    {known[name]}{end}"
+        for name, end in (("init_command", f" --out {known.get('init')}"), ("command", ""))
+        if name in known
+    ]
+    if commands:
+        found += [f"Command{'s' * (len(commands) - 1)}:", "", *commands, ""]
     return found
 
 

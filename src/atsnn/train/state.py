@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from ..checkpoint import save_pretrained, write_card
+from ..checkpoint import read_config, save_pretrained, write_card
 from ..checks import CheckpointError, InvalidValue
 from ..nn.model import ATSpikformer
 from .config import TrainConfig
@@ -82,6 +82,8 @@ class Run:
         c, history = self.config, self.progress.history
         extra: dict[str, Any] = {"data": c.data, "epochs": len(history), "seed": c.seed}
         extra |= {name: getattr(c, name) for name in ("policy", "init") if getattr(c, name)}
+        begun = _command_behind(c.init)
+        extra |= {"init_command": begun} if begun else {}
         measured = {k: v for k, v in history[-1].items() if k not in ("loss", "cells")}
         extra |= {"command": command_of(c)} | measured
         save_pretrained(self.result, self.folder, extra)
@@ -112,6 +114,17 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.progress = progress
+
+
+def _command_behind(init: str | None) -> str | None:
+    """What made the checkpoint that the run began with, as far as it is there and says so."""
+    if init is None:
+        return None
+    try:
+        extra = read_config(init).get("extra")
+    except CheckpointError:
+        return None
+    return extra.get("command") if isinstance(extra, dict) else None
 
 
 def _check_same(folder: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
