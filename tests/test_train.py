@@ -378,6 +378,34 @@ def test_statistics_are_those_of_the_weights_that_are_saved(tmp_path, ema):
     assert kept == (ema == 0)
 
 
+@pytest.mark.parametrize("halting", [None, "rectangle", "depth"])
+def test_statistics_are_those_of_inputs_that_inference_sees(halting):
+    """Of every BatchNorm, with all before it as in inference; the batch's own would be others."""
+    torch.manual_seed(0)
+    model = atsnn.ATSpikformer(MODEL.replace(halting=halting, embed_dim=64))
+    batches = data.load("digits", 8)["train"][:256].images.split(64)
+    measure_statistics(model, batches)
+    means, hooks = {}, []
+    for norm in batch_norms(model):
+        norm.eval()
+        means[norm] = []
+        hooks.append(
+            norm.register_forward_pre_hook(
+                lambda norm, x: means[norm].append(
+                    x[0].double().mean([d for d in range(x[0].dim()) if d != 1])
+                )
+            )
+        )
+    with torch.no_grad():
+        for images in batches:
+            model(images)
+    assert all(len(found) == len(batches) for found in means.values())
+    for norm, found in means.items():
+        torch.testing.assert_close(
+            norm.running_mean.double(), torch.stack(found).mean(0), rtol=1e-4, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("spoiled", [0.0, 1e6])
 def test_no_odd_batch_is_left_in_measured_statistics(spoiled):
     torch.manual_seed(0)

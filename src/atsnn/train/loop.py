@@ -30,7 +30,7 @@ __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
 WHOLE = -6.0  # of beta: a score of 0.0025, with which nothing halts and the last block is read
-STATISTICS = 100  # batches for BatchNorm's statistics after the last epoch; after others a tenth
+STATISTICS = 20  # batches for BatchNorm's statistics after the last epoch; after others a tenth
 
 
 def train(
@@ -47,7 +47,7 @@ def train(
 
     Under ``accelerate launch`` it runs on several processes, which average their gradients; each
     takes its part of every batch, and the budget goes by the cells that all of them executed. What
-    is evaluated and saved has BatchNorm statistics measured on up to 100 training batches.
+    is evaluated and saved has BatchNorm statistics measured on up to 20 training batches.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def train(
             last = epoch + 1 == config.epochs
             first = range(min(batches, STATISTICS if last else STATISTICS // 10))
             measure_statistics(
-                run.result, (batch(order, epoch * batches + i, i).images for i in first)
+                run.result, [batch(order, epoch * batches + i, i).images for i in first]
             )
             if config.halts and config.target is not None and last:
                 calibrate(run.result, training[:CALIBRATION], config.target)
