@@ -18,18 +18,19 @@ from ..data import Split
 from ..nn.model import ATSpikformer
 from ..schedule import directed
 from .augment import augmented
-from .average import measure_statistics, moving_average
+from .average import moving_average
 from .calibration import CALIBRATION, calibrate
 from .config import PRECISIONS, TrainConfig
 from .evaluation import Evaluation, evaluate, target_of
 from .loss import executed_share, training_loss
 from .optimizer import optimizer_of, schedule_of
 from .state import STATE, Progress, Run
+from .statistics import measure_statistics
 
 __all__ = ["splits_of", "train"]
 
 BOARD = "tensorboard"
-WHOLE = -6.0  # of beta: a score of 0.0025, with which nothing halts and the last block is read
+WHOLE = 0.02  # sum of a token's scores with which the budget begins to fall: nothing halts
 STATISTICS = 20  # batches for BatchNorm's statistics after the last epoch; after others a tenth
 
 
@@ -216,7 +217,8 @@ def _model(config: TrainConfig) -> ATSpikformer:
     if config.init is not None:
         _begin_with(model, config.init)
     if config.target_anneal and model.halting is not None:
-        nn.init.constant_(model.halting.beta, WHOLE)  # the budget falls from all cells
+        score = WHOLE / (config.model.depth * config.model.T)
+        nn.init.constant_(model.halting.beta, math.log(score / (1 - score)))
     return model if config.policy is None else directed(model, config.policy)
 
 
