@@ -132,7 +132,7 @@ def _fashion() -> Part:
 def _fashion_long() -> Part:
     return Part(
         "Fashion-MNIST, trained longer", FASHION,
-        _fashion_network(4), {"epochs": 4, "lr": 0.005, "warmup": 0.1},
+        _fashion_network(6), {"epochs": 2, "lr": 0.005, "warmup": 0.1, "distill": 0.5},
         {"plain": PLAIN, "halting": GRADUAL, "static 2,2": static(2, 2)},
         seeds=5,
         pairs=(("halting", "plain"), ("halting", "static 2,2")),
@@ -142,7 +142,7 @@ def _fashion_long() -> Part:
 def _fashion_tuned() -> Part:
     return Part(
         "Fashion-MNIST, going on from a plain network", FASHION,
-        _fashion_network(4), {"epochs": 1, "lr": 0.002, "ema": 0.99},
+        _fashion_network(6), {"epochs": 1, "lr": 0.002, "ema": 0.99},
         {
             "plain": PLAIN,
             "halting": LEARNED,

@@ -197,6 +197,40 @@ def test_the_budget_pulls_towards_its_target():
         torch.testing.assert_close(loss - plain, (share - budget) * trace.ponder_loss)
 
 
+def test_distilling_asks_for_the_checkpoint_s_answers_beside_the_labels():
+    torch.manual_seed(0)
+    labels, taught = torch.arange(8), torch.rand(8, 10).softmax(1)
+    trace = atsnn.ATSpikformer(MODEL)(torch.rand(8, 1, 8, 8), return_trace=True)
+    off = dataclasses.replace(CONFIG, model=MODEL.replace(halting=None), label_smoothing=0.0)
+    by_hand = trace.logits.double().log_softmax(1)
+    for share in (0.25, 1.0):
+        config = dataclasses.replace(off, init="plain", distill=share)
+        asked = (1 - share) * torch.eye(10)[labels] + share * taught
+        loss = training_loss(trace, labels, config, 1.0, taught=taught)
+        torch.testing.assert_close(loss.double(), -(asked * by_hand).sum(1).mean())
+
+
+def test_distilling_alone_never_looks_at_labels(tmp_path):
+    plain = dataclasses.replace(CONFIG, model=MODEL.replace(halting=None))
+    train(plain, tmp_path / "plain")
+    before = (tmp_path / "plain" / "model.safetensors").read_bytes()
+    found = {}
+    for share in (1.0, 0.5):
+        for smoothing in (0.0, 0.9):
+            config = dataclasses.replace(
+                CONFIG, epochs=1, init=str(tmp_path / "plain"), distill=share,
+                label_smoothing=smoothing,
+            )  # fmt: skip
+            name = f"{share}-{smoothing}"
+            model, _ = train(config, tmp_path / name)
+            found[name] = torch.cat([p.flatten() for p in model.parameters()])
+    assert found["1.0-0.0"].equal(found["1.0-0.9"])
+    assert not found["0.5-0.0"].equal(found["0.5-0.9"])
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == before
+    with pytest.raises(InvalidValue, match="distill expected init"):
+        dataclasses.replace(CONFIG, distill=0.5)
+
+
 @pytest.mark.parametrize("halting", ["rectangle", "depth", "sequential"])
 def test_a_falling_budget_begins_with_all_cells(halting):
     images = data.load("digits", 8)["train"][:2].images

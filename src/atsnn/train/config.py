@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import data
-from ..checks import InvalidType, check_choice, check_integer, check_number
+from ..checks import InvalidType, InvalidValue, check_choice, check_integer, check_number
 from ..nn.config import SpikformerConfig
 from ..schedule import check_policy
 
@@ -70,6 +70,10 @@ class TrainConfig:
     init : str, optional
         Checkpoint whose weights training begins with, such as a plain Spikformer's that is to
         learn to halt.
+    distill : float
+        Share of the cross-entropy that asks for the class probabilities of ``init`` on the same
+        image instead of its label (Hinton et al., arXiv 1503.02531, at temperature 1), as
+        DynamicViT teaches a network to do without tokens (arXiv 2106.02034, section 3.3).
     precision : {"fp32", "bf16"}
         ``"bf16"``: autocast.
     seed : int
@@ -98,6 +102,7 @@ class TrainConfig:
     target_anneal: float = 0.0
     policy: str | None = None
     init: str | None = None
+    distill: float = 0.0
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -120,8 +125,13 @@ class TrainConfig:
             check_number(op, name, getattr(self, name), at_least=0)
         for name in ("label_smoothing", "warmup", "ema"):
             check_number(op, name, getattr(self, name), at_least=0, below=1)
-        for name in ("erase", "ponder_warmup", "target_anneal"):
+        for name in ("erase", "ponder_warmup", "target_anneal", "distill"):
             check_number(op, name, getattr(self, name), at_least=0, at_most=1)
+        if self.distill and self.init is None:
+            raise InvalidValue(
+                f"{op}: distill expected init, the checkpoint to learn from, got {self.distill} "
+                "and no init"
+            )
         if self.limit is not None:
             check_integer(op, "limit", self.limit, at_least=self.batch_size)
         if self.policy is not None:

@@ -103,6 +103,7 @@ def train(
         )
     schedule = schedule_of(optimizer, config, steps)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    teacher = _teacher(config, accelerator.device)
     run = Run(folder, config, model, moving_average(model, config), optimizer, schedule, Progress())
     if resume:
         run.restore()
@@ -124,7 +125,7 @@ def train(
         while at.batch < batches:
             step = epoch * batches + at.batch
             loss, share = _step(
-                run, wrapped, accelerator, batch(order, step, at.batch), step / steps
+                run, wrapped, teacher, accelerator, batch(order, step, at.batch), step / steps
             )
             if not math.isfinite(loss):
                 raise InvalidValue(
@@ -239,6 +240,13 @@ def _begin_with(model: ATSpikformer, name: str) -> None:
     model.load_state_dict(ours | {key: theirs[key] for key in ours if key in theirs})
 
 
+def _teacher(config: TrainConfig, device: torch.device) -> ATSpikformer | None:
+    """The network whose answers are asked for."""
+    if not config.distill or config.init is None:
+        return None
+    return from_pretrained(config.init).to(device).eval()
+
+
 def _order(config: TrainConfig, epoch: int, images: int) -> torch.Tensor:
     return torch.randperm(
         images, generator=torch.Generator().manual_seed(config.seed * 100_003 + epoch)
@@ -268,16 +276,25 @@ class _Batch:
 
 
 def _step(
-    run: Run, wrapped: Any, accelerator: Any, batch: Split, progress: float
+    run: Run,
+    wrapped: Any,
+    teacher: ATSpikformer | None,
+    accelerator: Any,
+    batch: Split,
+    progress: float,
 ) -> tuple[float, float]:
     """One step of the optimiser; the loss and the share of cells over all processes."""
     config = run.config
     dtype = PRECISIONS[config.precision]
     with torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32):
         trace = wrapped(batch.images, return_trace=True, firing_rates=False)
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher(batch.images).float().softmax(1)
     share = float(accelerator.reduce(executed_share(trace).float(), "mean"))
     target = target_of(batch, config.model.task).long()
-    loss = training_loss(trace, target, config, share, progress)
+    loss = training_loss(trace, target, config, share, progress, taught)
     run.optimizer.zero_grad()
     accelerator.backward(loss)
     halting = run.model.halting

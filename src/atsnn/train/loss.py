@@ -17,7 +17,12 @@ def executed_share(trace: Trace) -> Tensor:
 
 
 def training_loss(
-    trace: Trace, target: Tensor, config: TrainConfig, share: float, progress: float = 1.0
+    trace: Trace,
+    target: Tensor,
+    config: TrainConfig,
+    share: float,
+    progress: float = 1.0,
+    taught: Tensor | None = None,
 ) -> Tensor:
     """Loss of a batch.
 
@@ -35,8 +40,12 @@ def training_loss(
     progress : float
         Share of the run's steps that are done, for the ponder weight's warm-up and the budget's
         fall.
+    taught : Tensor, optional
+        Class probabilities of the checkpoint that is distilled, shaped like the logits.
     """
     loss = nnf.cross_entropy(trace.logits, target, label_smoothing=config.label_smoothing)
+    if taught is not None:
+        loss = loss + config.distill * (nnf.cross_entropy(trace.logits, taught) - loss)
     if config.halts:
         pull = 1.0 if config.target is None else share - _budget(config.target, config, progress)
         weight = config.ponder_weight
