@@ -240,7 +240,7 @@ def test_the_card_tells_what_is_known(tmp_path):
     "changes",
     [dict(), dict(halting=None), dict(policy="static:2,1", halting="depth"), dict(target=None),
      dict(target=0.7, target_anneal=0.5, ponder_warmup=0.25),
-     dict(init="digits", distill=0.5),
+     dict(init="digits", distill=0.5, freeze_norms=True),
      dict(ema=0.9, erase=0.25, validation=7, precision="bf16", data="scenes-digits", task="pixels",
           num_classes=11, image_size=64)],
     ids=str,

@@ -231,6 +231,28 @@ def test_distilling_alone_never_looks_at_labels(tmp_path):
         dataclasses.replace(CONFIG, distill=0.5)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("halting", [None, "rectangle", "sequential"])
+def test_frozen_norms_keep_the_statistics_of_the_checkpoint(tmp_path, halting, ema):
+    train(dataclasses.replace(CONFIG, model=MODEL.replace(halting=None)), tmp_path / "plain")
+    begun = atsnn.from_pretrained(tmp_path / "plain")
+    config = dataclasses.replace(
+        CONFIG, model=MODEL.replace(halting=halting), init=str(tmp_path / "plain"), ema=ema,
+        freeze_norms=True,
+    )  # fmt: skip
+    model, _ = train(config, tmp_path / "frozen")
+    for before, after in zip(batch_norms(begun), batch_norms(model), strict=True):
+        assert before.running_mean.equal(after.running_mean)
+        assert before.running_var.equal(after.running_var)
+    learned = [
+        not before.weight.equal(after.weight)
+        for before, after in zip(batch_norms(begun), batch_norms(model), strict=True)
+    ]
+    assert all(learned)
+    with pytest.raises(InvalidValue, match="freeze_norms expected init"):
+        dataclasses.replace(CONFIG, freeze_norms=True)
+
+
 @pytest.mark.parametrize("halting", ["rectangle", "depth", "sequential"])
 def test_a_falling_budget_begins_with_all_cells(halting):
     images = data.load("digits", 8)["train"][:2].images

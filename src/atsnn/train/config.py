@@ -74,6 +74,9 @@ class TrainConfig:
         Share of the cross-entropy that asks for the class probabilities of ``init`` on the same
         image instead of its label (Hinton et al., arXiv 1503.02531, at temperature 1), as
         DynamicViT teaches a network to do without tokens (arXiv 2106.02034, section 3.3).
+    freeze_norms : bool
+        Whether BatchNorm keeps the statistics of ``init`` throughout, in training as in inference;
+        its scale and shift are learned as ever.
     precision : {"fp32", "bf16"}
         ``"bf16"``: autocast.
     seed : int
@@ -103,6 +106,7 @@ class TrainConfig:
     policy: str | None = None
     init: str | None = None
     distill: float = 0.0
+    freeze_norms: bool = False
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -114,6 +118,7 @@ class TrainConfig:
         check_choice(op, "data", self.data, data.DATASETS)
         check_choice(op, "precision", self.precision, PRECISIONS)
         check_choice(op, "flip", self.flip, (True, False))
+        check_choice(op, "freeze_norms", self.freeze_norms, (True, False))
         check_integer(op, "epochs", self.epochs, at_least=1)
         check_integer(op, "batch_size", self.batch_size, at_least=2)
         check_integer(op, "validation", self.validation, at_least=0)
@@ -131,6 +136,11 @@ class TrainConfig:
             raise InvalidValue(
                 f"{op}: distill expected init, the checkpoint to learn from, got {self.distill} "
                 "and no init"
+            )
+        if self.freeze_norms and self.init is None:
+            raise InvalidValue(
+                f"{op}: freeze_norms expected init, the checkpoint whose statistics to keep, "
+                "got no init"
             )
         if self.limit is not None:
             check_integer(op, "limit", self.limit, at_least=self.batch_size)

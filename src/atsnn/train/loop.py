@@ -15,7 +15,7 @@ from .. import data
 from ..checkpoint import check_empty_or_ours, from_pretrained
 from ..checks import InvalidValue, require
 from ..data import Split
-from ..nn.model import ATSpikformer
+from ..nn.model import ATSpikformer, batch_norms
 from ..schedule import directed
 from .augment import augmented
 from .average import moving_average
@@ -48,7 +48,8 @@ def train(
 
     Under ``accelerate launch`` it runs on several processes, which average their gradients; each
     takes its part of every batch, and the budget goes by the cells that all of them executed. What
-    is evaluated and saved has BatchNorm statistics measured on up to 20 training batches.
+    is evaluated and saved has BatchNorm statistics measured on up to 20 training batches, or with
+    ``freeze_norms`` those it began with.
 
     Parameters
     ----------
@@ -116,6 +117,9 @@ def train(
     at = run.progress
     for epoch in range(at.epoch, config.epochs):
         model.train()
+        if config.freeze_norms:
+            for norm in batch_norms(model):
+                norm.eval()
         order = _order(config, epoch, len(training))
         bar = tqdm(
             total=batches, initial=at.batch, desc=f"epoch {epoch + 1}/{config.epochs}",
@@ -144,10 +148,11 @@ def train(
         bar.close()
         if main:
             last = epoch + 1 == config.epochs
-            first = range(min(batches, STATISTICS if last else STATISTICS // 10))
-            measure_statistics(
-                run.result, [batch(order, epoch * batches + i, i).images for i in first]
-            )
+            if not config.freeze_norms:
+                first = range(min(batches, STATISTICS if last else STATISTICS // 10))
+                measure_statistics(
+                    run.result, [batch(order, epoch * batches + i, i).images for i in first]
+                )
             if config.halts and config.target is not None and last:
                 calibrate(run.result, training[:CALIBRATION], config.target)
             found = evaluate(run.result, held_out)

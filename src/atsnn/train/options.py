@@ -31,6 +31,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         "--distill", type=float, default=0.0, metavar="SHARE",
         help="share of the loss that asks for that checkpoint's answers, not the labels",
     )  # fmt: skip
+    sub.add_argument("--freeze-norms", action="store_true",
+                     help="keep that checkpoint's BatchNorm statistics throughout")  # fmt: skip
     sub.add_argument("--epochs", type=int, default=20, help="passes over the images")
     sub.add_argument("--batch-size", type=int, default=64, help="images a step, of each process")
     sub.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
@@ -112,6 +114,7 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
         label_smoothing=args.label_smoothing, shift=args.shift, flip=args.flip, erase=args.erase,
         limit=args.limit, validation=args.validation, seed=args.seed, warmup=args.warmup,
         ema=args.ema, precision=args.precision, init=args.init, distill=args.distill,
+        freeze_norms=args.freeze_norms,
         policy=args.policy,
         target=None if args.no_budget else args.target, ponder_weight=args.ponder_weight,
         ponder_warmup=args.ponder_warmup, target_anneal=args.target_anneal,
