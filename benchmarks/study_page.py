@@ -38,15 +38,27 @@ class Difference:
 
     Attributes
     ----------
-    mean : float
-    bound : float
-        How far the two-sided 95 % interval (Student's t over the seeds) reaches from it.
+    mean, error : float
+        Over the seeds, and the standard error of that mean.
     seeds : int
     """
 
     mean: float
-    bound: float
+    error: float
     seeds: int
+
+    @property
+    def bound(self) -> float:
+        """How far the two-sided 95 % interval (Student's t over the seeds) reaches from it."""
+        return self._quantile(0.975) * self.error
+
+    @property
+    def least(self) -> float:
+        """The one-sided lower 95 % bound."""
+        return self.mean - self._quantile(0.95) * self.error
+
+    def _quantile(self, share: float) -> float:
+        return float(stats.t.ppf(share, self.seeds - 1))
 
     def __str__(self) -> str:
         """``-0.12 ± 0.20``, in points of accuracy."""
@@ -73,9 +85,7 @@ def difference(ours: Summary, theirs: Summary, name: str = "accuracy") -> Differ
     mean, n = statistics.fmean(pairs), len(pairs)
     if n < 2:
         return Difference(mean, math.inf, n)
-    return Difference(
-        mean, float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(pairs) / math.sqrt(n), n
-    )
+    return Difference(mean, statistics.stdev(pairs) / math.sqrt(n), n)
 
 
 def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
@@ -192,6 +202,7 @@ def verdicts(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
             f"- {ours} at {shares[0]} of the cells against {theirs} at {shares[1]}: "
             f"**{gap}** points of {NAMES[value]} (seeds: {gap.seeds})"
             + (f", {gap.told}" if gap.told else "")
+            + (f"; one-sided lower 95 % bound {100 * gap.least:+.2f}" if gap.told else "")
         )
     return "\n".join(lines) if lines else NOT_YET
 

@@ -172,13 +172,16 @@ def test_differences_are_paired_by_seed():
     assert found.mean - found.bound == pytest.approx(low)
     assert found.mean + found.bound == pytest.approx(high)
     assert str(found) == "+10.00 ± 24.84"
+    greater = stats.ttest_rel((0.5, 0.7, 0.9), (0.4, 0.5, 0.9), alternative="greater")
+    assert found.least == pytest.approx(greater.confidence_interval(0.95).low)
     other = Summary("c", ({"seed": 7, "accuracy": 0.1},))
     assert study_page.difference(ours, other) is None
     one = Summary("d", ({"seed": 1, "accuracy": 0.6},))
     assert str(study_page.difference(ours, one)) == "+10.00"
     assert study_page.difference(ours, one).told == ""
-    assert study_page.Difference(0.2, 0.1, 2).told == "", "of two seeds nothing is concluded"
-    told = {m: study_page.Difference(m, 0.1, 3).told for m in (-0.2, -0.1, 0.1, 0.2)}
+    assert study_page.Difference(0.2, 0.001, 2).told == "", "of two seeds nothing is concluded"
+    # Student's t for two degrees of freedom: 4.303.
+    told = {m: study_page.Difference(m, 0.1 / 4.302, 3).told for m in (-0.2, -0.1, 0.1, 0.2)}
     assert told == {
         -0.2: "worse beyond the noise", -0.1: "no difference beyond the noise",
         0.1: "no difference beyond the noise", 0.2: "better beyond the noise",
