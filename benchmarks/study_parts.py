@@ -10,7 +10,7 @@ from typing import Any
 from atsnn import SpikformerConfig
 from atsnn.sweep import Point
 from atsnn.train import TrainConfig
-from atsnn.train.settings import with_settings
+from atsnn.train.settings import MODEL, with_settings
 
 FIRST = "pretrained"  # the plain network that the others go on from
 
@@ -71,7 +71,8 @@ class Part:
     @property
     def network(self) -> SpikformerConfig:
         """The full one, of whose cells the shares are."""
-        return with_settings(self.base, {**(self.second or {}), **PLAIN}).model
+        second = {name: value for name, value in (self.second or {}).items() if name in MODEL}
+        return self.base.model.replace(**second, **PLAIN)
 
     def folder(self, seed: int, runs: Path) -> Path:
         """Of a seed's runs: one for all parts with the same images, which share plain networks."""
@@ -125,7 +126,7 @@ def _fashion() -> Part:
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
         },
-        headline=("plain",), more=5, once=("static 3,1",),  # the longer training begins with five
+        once=("static 3,1",),
         pairs=(("halting", "plain"), ("halting", "static 2,2")),
     )  # fmt: skip
 
