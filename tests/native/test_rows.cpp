@@ -341,6 +341,39 @@ TEST(rows_scores) {
   });
 }
 
+// The engine's rows: scores of bytes are those of the same numbers as floats.
+TEST(rows_scores_of_bytes) {
+  for (int i = 0; i < cases; ++i) {
+    Case c(i, "uint8");
+    const int64_t R = c.random.between(0, 24);
+    // More channels than one piece of the integer sums has, now and then.
+    const int64_t C = i % 64 == 0 ? (1 << 15) + c.random.between(1, 99) : c.random.between(1, 99);
+    const auto score = c.random.pick({Score::first, Score::mean, Score::linear, Score::constant});
+    const int64_t most = c.random.pick({0, 1, 3, 255});
+    Array<uint8_t> x(R * C);
+    Array<float> same(R * C);
+    for (int64_t j = 0; j < R * C; ++j) {
+      x[j] = static_cast<uint8_t>(i % 5 == 0 ? most : c.random.between(0, most));
+      same[j] = x[j];
+    }
+    Array<double> weight(score == Score::linear ? C : 1);
+    for (int64_t j = 0; j < weight.size(); ++j) weight[j] = c.random.uniform(-3, 3) / std::sqrt(C);
+    const Scores<uint8_t> a{x.data(), score, weight.data(), c.random.pick({0.0, -2.0, 1.5}), C};
+    const Scores<float> b{same.data(), score, weight.data(), a.bias, C};
+    SameAtAllLevels<float> first;
+    c.each_level("score " + std::to_string(int(score)), [&](Level level) {
+      Array<float> h(R), want(R);
+      in_pieces(c.random, R, [&](int64_t begin, int64_t end) {
+        AT_LEVEL(level, scores_forward<uint8_t>(a, h.data(), begin, end));
+      });
+      AT_LEVEL(level, scores_forward<float>(b, want.data(), 0, R));
+      const std::vector<double> wanted(want.data(), want.data() + R);
+      CHECK_NEAR(h, wanted, 0, score == Score::linear ? 0x1p-18 : 0);
+      CHECK_LEVELS(first, h);
+    });
+  }
+}
+
 template <class A>
 void check_dots(int i, const char* storage) {
   Case c(i, storage);
