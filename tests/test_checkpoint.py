@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import shlex
 import shutil
@@ -47,6 +48,18 @@ def test_round_trip(saved):
     with torch.no_grad():
         assert torch.equal(model(images), again(images))
     assert sorted(p.name for p in folder.iterdir()) == [CARD, CONFIG, WEIGHTS]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a umask")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_readable_as_the_umask_has_it(saved, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        saved[0].save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == dict.fromkeys((CARD, CONFIG, WEIGHTS), 0o666 & ~mask)
 
 
 def test_string_and_path_are_both_taken(saved):

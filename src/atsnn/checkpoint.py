@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .card import model_card
 from .checks import AtsnnError, CheckpointError, InvalidType, InvalidValue
@@ -51,7 +51,8 @@ def save_pretrained(
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     # Written beside and moved into place: an interrupted save leaves the old checkpoint whole.
     weights = folder / f"{WEIGHTS}.tmp"
-    save_file(tensors, weights, metadata={"format": "pt", "atsnn_version": str(VERSION)})
+    # Not save_file: what it writes only its owner can read, whatever the umask.
+    weights.write_bytes(save(tensors, {"format": "pt", "atsnn_version": str(VERSION)}))
     weights.replace(folder / WEIGHTS)
     text = folder / f"{CONFIG}.tmp"
     text.write_text(json.dumps(config, indent=2) + "\n")
