@@ -109,7 +109,7 @@ UNBUDGETED = {
     for weight in (0.01, 0.1, 1.0)
 }
 TAUGHT = {"lr": 0.003, "warmup": 0.1, "distill": 0.5, "freeze_norms": True}
-BOTH = {**LEARNED, "merge_r": (12, 6, 3)}
+MERGED = {"merge_r": (12, 6, 3)}  # with halting
 
 
 def _fashion() -> Part:
@@ -120,7 +120,7 @@ def _fashion() -> Part:
             "halting": LEARNED,
             "static 2,2": static(2, 2),
             "static 3,1": static(3, 1),
-            "halting + merging": BOTH,
+            "halting + merging": {**LEARNED, **MERGED},
             "1 block": {**PLAIN, "depth": 1},
             "2 blocks": {**PLAIN, "depth": 2},
             "3 blocks": {**PLAIN, "depth": 3},
@@ -161,7 +161,7 @@ def _fashion_tuned() -> Part:
             "top tokens by firing": {"halting": "depth", "policy": "top:0.6,0.4,0.25"},
             "merging": {**PLAIN, "merge_r": (24, 4, 4)},
             "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
-            "halting + merging": {**GRADUAL, "merge_r": (12, 6, 3)},
+            "halting + merging": {**GRADUAL, **MERGED},
         },
         once=tuple(UNBUDGETED),
         pairs=(("halting", "plain"), ("halting", "random halting"),
