@@ -104,7 +104,7 @@ def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
 def _to_plain(
     row: dict[str, Any], full: SpikformerConfig, plain: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """A row of a network of fewer blocks or timesteps, with its shares those of the full one's.
+    """A row of a network of another depth or T, with its shares those of the full one's.
 
     A network of two timesteps is what a schedule is that runs no block at the third and fourth.
     FLOPs are known from the plain network's row of any seed, what spikes cost from the same seed's.
@@ -277,7 +277,7 @@ def picture(part: Part, rows: Sequence[Mapping[str, Any]]) -> Plot:
         axes.set_xlabel("share of cells executed, %")
         axes.set_ylabel(f"{NAMES[value]}, %")
         axes.grid(alpha=0.25)
-        axes.set_xlim(0, 105)
+        axes.set_xlim(0, 105 * max([1.0, *(s.mean("cells") or 0 for s in found)]))
         axes.margins(y=0.2)
         axes.legend(fontsize=7, frameon=False, loc="best")
 

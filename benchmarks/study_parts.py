@@ -125,6 +125,7 @@ def _fashion() -> Part:
             "2 blocks": {**PLAIN, "depth": 2},
             "3 blocks": {**PLAIN, "depth": 3},
             "1 timestep": {**PLAIN, "T": 1},
+            "4 timesteps": {**PLAIN, "T": 4},
         },
         once=("static 3,1",),
         pairs=(("halting", "plain"), ("halting", "static 2,2")),
