@@ -43,9 +43,11 @@ def assert_same(ours, theirs, what=""):
         assert torch.equal(a, b), f"{what} {name}: {int((a != b).sum())} of {a.numel()} differ"
 
 
-def assert_same_rates(ours, theirs):
+def assert_same_rates(ours, theirs, whole_stem=True, rel=1e-5):
+    """Where the stem ran around some tokens alone its rates are of what it ran on."""
     for name, rate in theirs.firing_rates.items():
-        assert ours.firing_rates[name] == pytest.approx(rate, rel=1e-5), name
+        if whole_stem or not name.startswith("patch_embed."):
+            assert ours.firing_rates[name] == pytest.approx(rate, rel=rel), name
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def test_exact_models_bit_for_bit(variant, T):
     for execution in ("packed", "masked"):
         got = engine(images, return_trace=True, execution=execution)
         assert_same(got, want, f"{variant} {execution}")
-        assert_same_rates(got, want)
+        assert_same_rates(got, want, variant != "sequential" or execution == "masked")
     assert torch.equal(engine(images), want.logits)
     if model.config.adaptive and T != 1:
         assert not want.active.all(), "something must have halted or merged"
@@ -89,7 +91,8 @@ def test_threads_levels_and_batches_do_not_change_a_bit(variant):
             for execution in ("packed", "masked"):
                 got = engine(images, return_trace=True, execution=execution, level=level)
                 assert_same(got, want, f"{level} {threads} {execution}")
-                assert got.firing_rates == pytest.approx(want.firing_rates, rel=1e-12)
+                whole = variant != "sequential" or execution == "packed"  # as `want` has it
+                assert_same_rates(got, want, whole, rel=1e-12)
     alone = torch.cat([engine(image[None]) for image in images])
     assert torch.equal(alone, want.logits)
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from test_engine import assert_same
 
 import atsnn
 from atsnn import cli, data, reference
@@ -55,6 +56,26 @@ def test_packed_and_masked_give_the_same_maps(name):
     assert logits.shape == (3, 11, 32, 32) and logits.std() > 0
     assert torch.equal(logits, found["masked"].logits)
     assert torch.equal(found["packed"].active, found["masked"].active)
+
+
+@pytest.mark.parametrize("T", [None, 4], ids=["still", "video"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_engine_gives_the_same_maps(name, T):
+    model = exact_model(BASE.replace(**VARIANTS[name]), seed=1)
+    engine = atsnn.freeze(model)
+    images = exact_images(model.config, 3, T=T)
+    with torch.no_grad():
+        want = model(images, return_trace=True)
+    for execution in ("packed", "masked"):
+        assert_same(engine.trace(images, execution=execution), want, execution)
+    assert torch.equal(engine(images), want.logits)
+    assert torch.equal(torch.cat([engine(images[..., b : b + 1, :, :, :]) for b in range(3)]),
+                       want.logits)  # fmt: skip
+    if T and not model.config.merging:
+        state = atsnn.EngineState()
+        for frame in images:
+            logits = engine(frame[None], state=state)
+        assert torch.equal(logits, want.logits)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -148,13 +169,11 @@ def test_it_learns_scenes(tmp_path, capsys):
     assert cli.main(["show", *wide, "--count", "2", "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").stat().st_size > 10_000
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "image-segmentation" in card and "--task pixels" in card and "freeze" not in card
+    assert "image-segmentation" in card and "--task pixels" in card and "freeze" in card
 
 
 def test_what_classifies_images_alone_says_so(tmp_path):
     model = exact_model(BASE)
-    with pytest.raises(InvalidValue, match="the engine gives the class of an image"):
-        atsnn.freeze(model)
     with pytest.raises(InvalidValue, match="execution='padded' gives the class of an image"):
         model.execution = "padded"
     with pytest.raises(InvalidValue, match="expected a model of an image's class"):

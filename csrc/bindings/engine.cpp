@@ -73,7 +73,8 @@ NetworkConfig config_of(const py::dict& d) {
   const auto flag = [&](const char* name) { return d[name].cast<bool>(); };
   c.image_size = integer("image_size");
   c.in_channels = integer("in_channels");
-  c.num_classes = integer("num_classes");
+  c.outputs = integer("outputs");
+  c.pixels = flag("pixels");
   c.embed_dim = integer("embed_dim");
   c.depth = integer("depth");
   c.num_heads = integer("num_heads");
@@ -196,6 +197,7 @@ py::dict run(Engine& engine, const Array<float>& images, bool still, int64_t T,
   }
   py::dict found;
   found["stem_spikes"] = report.stem_spikes;
+  found["stem_pixels"] = report.stem_pixels;
   found["block_spikes"] = report.block_spikes;
   found["rows"] = report.rows;
   found["ponder"] = report.ponder;

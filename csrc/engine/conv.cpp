@@ -35,9 +35,17 @@ Tiling tiling(double rate, const Window& window, int64_t channels) {
   return whole_taps(1, channels);
 }
 
-// A piece of one image: rows of pixels of the output.
+// A piece of one image: rows of pixels of the output, and which of the image's pixels are wanted.
 struct Strip {
   int64_t image, top, bottom;
+  const uint8_t* wanted;  // null: all
+
+  bool wants(int64_t pixel) const { return !wanted || wanted[pixel]; }
+  int64_t pixels(int64_t width) const {
+    if (!wanted) return (bottom - top) * width;
+    return std::count_if(wanted + top * width, wanted + bottom * width,
+                         [](uint8_t pixel) { return pixel != 0; });
+  }
 };
 
 // Lists the inputs of the pixels of a strip at timesteps [begin, end), pixel by pixel: of bits or
@@ -75,6 +83,7 @@ class SpikeListing {
     const int64_t centre = w.pad_y * w.kernel_x + w.pad_x, width = w.width(a_.width);
     for (int64_t y = strip_.top; y < strip_.bottom; ++y) {
       for (int64_t x = 0; x < width; ++x) {
+        if (!strip_.wants(y * width + x)) continue;
         // Whether each neighbour is inside, and where its spikes are listed.
         int64_t at[most_taps];
         for (int64_t tap = 0; tap < w.taps(); ++tap) {
@@ -180,6 +189,7 @@ double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begi
   const int64_t width = w.width(a.width);
   for (int64_t y = strip.top; y < strip.bottom; ++y) {
     for (int64_t x = 0; x < width; ++x) {
+      if (!strip.wants(y * width + x)) continue;
       for (int64_t t = begin; t < end; ++t) {
         const float* image = a.images + (t * a.B + strip.image) * a.channels * a.height * a.width;
         for (int64_t tap = 0; tap < taps; ++tap) {
@@ -200,10 +210,10 @@ double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begi
   return input;
 }
 
-// `rows` of the lists are the pixels of the strip times the timesteps.
+// `rows` of the lists are the wanted pixels of the strip times the timesteps.
 Lists list_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end,
                  ChunkScratch& s) {
-  const int64_t rows = (strip.bottom - strip.top) * a.window.width(a.width) * (end - begin);
+  const int64_t rows = strip.pixels(a.window.width(a.width)) * (end - begin);
   const int64_t taps = a.window.taps();
   if (a.images) {
     Lists lists(s, rows, taps * a.channels, 1, true);
@@ -238,36 +248,59 @@ void reserve(const ConvLif& a, int64_t rows, int64_t steps, ChunkScratch& s) {
   s.counted = {};
 }
 
-// The columns of pixels [begin, end) of an image of `pixels`, each T timesteps long from `t` on.
-void set_columns(const ConvLif& a, int64_t image, int64_t pixels, int64_t begin, int64_t end,
-                 int64_t from, int64_t steps, ChunkScratch& s) {
+// The columns of the wanted pixels of a strip of an image of `pixels`, each so many timesteps long
+// from `from` on; returns how many there are.
+int64_t set_columns(const ConvLif& a, Strip strip, int64_t width, int64_t pixels, int64_t from,
+                    int64_t steps, ChunkScratch& s) {
   int32_t* const first = s.first.data();
   int32_t* const row = s.row.data();
   int32_t local = 0;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    first[pixel - begin] = local;
+  int64_t columns = 0;
+  for (int64_t pixel = strip.top * width; pixel < strip.bottom * width; ++pixel) {
+    if (!strip.wants(pixel)) continue;
+    first[columns] = local;
+    const int64_t place = strip.image * pixels + pixel;
     for (int64_t t = from; t < from + steps; ++t) {
-      row[local++] = static_cast<int32_t>((t * a.B + image) * pixels + pixel);
+      row[local++] = static_cast<int32_t>(t * a.B * pixels + place);
     }
-    if (a.state) {
-      s.state.data()[pixel - begin] = a.state + (image * pixels + pixel) * a.map->outputs;
-    }
+    if (a.state) s.state.data()[columns] = a.state + place * a.map->outputs;
+    ++columns;
   }
-  first[end - begin] = local;
+  first[columns] = local;
+  return columns;
 }
 
-void pool_sums(const float* sums, int64_t height, int64_t width, float* out) {
+// Pixels that are not wanted do not fire.
+void silence(const ConvLif& a, Strip strip, int64_t width, int64_t pixels, int64_t begin,
+             int64_t end) {
+  if (!strip.wanted || !a.out) return;
+  for (int64_t pixel = strip.top * width; pixel < strip.bottom * width; ++pixel) {
+    if (strip.wanted[pixel]) continue;
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t row = (t * a.B + strip.image) * pixels + pixel;
+      std::fill(a.out + row * a.map->panels() + begin, a.out + row * a.map->panels() + end,
+                uint64_t(0));
+    }
+  }
+}
+
+// Sums of the wanted pixels behind the pooling, one after the other; `row` says where the sums of
+// each pixel before it are.
+void pool_sums(const float* sums, const int32_t* row, int64_t height, int64_t width, Strip wanted,
+               float* out) {
   for (int64_t y = 0; y < halved(height); ++y) {
-    for (int64_t x = 0; x < halved(width); ++x, out += panel) {
+    for (int64_t x = 0; x < halved(width); ++x) {
+      if (!wanted.wants(y * halved(width) + x)) continue;
       std::fill_n(out, panel, -std::numeric_limits<float>::infinity());
       for (int64_t ny = std::max<int64_t>(2 * y - 1, 0); ny <= std::min(2 * y + 1, height - 1);
            ++ny) {
         for (int64_t nx = std::max<int64_t>(2 * x - 1, 0); nx <= std::min(2 * x + 1, width - 1);
              ++nx) {
-          const float* in = sums + (ny * width + nx) * panel;
+          const float* in = sums + row[ny * width + nx] * panel;
           for (int64_t c = 0; c < panel; ++c) out[c] = std::max(out[c], in[c]);
         }
       }
+      out += panel;
     }
   }
 }
@@ -278,6 +311,20 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
   const PackedLinear& map = *a.map;
   const int64_t height = a.window.height(a.height), width = a.window.width(a.width);
   const int64_t pixels = halved(height) * halved(width);
+  const Strip neurons{image, 0, halved(height), a.wanted ? a.wanted + image * pixels : nullptr};
+  silence(a, neurons, halved(width), pixels, begin, end);
+  if (neurons.pixels(halved(width)) == 0) return;
+  // What the neurons read, and where its sums are.
+  Strip sums{image, 0, height, nullptr};
+  if (a.wanted) {
+    uint8_t* const read = s.read.data();
+    mark_read(neurons.wanted, halving, height, width, read);
+    sums.wanted = read;
+  }
+  int32_t* const sum_of = s.sum_of.data();
+  for (int64_t i = 0, n = 0; i < height * width; ++i) {
+    sum_of[i] = sums.wants(i) ? static_cast<int32_t>(n++) : 0;
+  }
   float* const pooled = s.room.data();
   float* const membranes = pooled + pixels * panel;
   const int64_t shown = a.still ? a.T : 1;
@@ -286,16 +333,16 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
     std::fill_n(membranes, (end - begin) * pixels * panel, static_cast<float>(a.neuron.v_reset));
   }
   for (int64_t t = 0; t < (a.still ? 1 : a.T); ++t) {
-    const Lists lists = list_strip(a, k, {image, 0, height}, t, t + 1, s);
-    set_columns(a, image, pixels, 0, pixels, t, shown, s);
+    const Lists lists = list_strip(a, k, sums, t, t + 1, s);
+    const int64_t columns = set_columns(a, neurons, halved(width), pixels, t, shown, s);
     for (int64_t p = begin; p < end; ++p) {
       lists.run(k, map, p, s.acc.data());
-      pool_sums(s.acc.data(), height, width, pooled);
-      for (int64_t i = 0; !a.state && i < pixels; ++i) {
+      pool_sums(s.acc.data(), sum_of, height, width, neurons, pooled);
+      for (int64_t i = 0; !a.state && i < columns; ++i) {
         s.state.data()[i] = membranes + ((p - begin) * pixels + i) * panel;
       }
       s.counted.spikes[0] +=
-          k.fire({pooled, a.still, s.first.data(), s.row.data(), pixels, a.out + p, map.panels(),
+          k.fire({pooled, a.still, s.first.data(), s.row.data(), columns, a.out + p, map.panels(),
                   map.valid.data()[p], s.state.data(), a.state ? p * panel : 0},
                  a.neuron);
     }
@@ -309,17 +356,19 @@ void run_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t first, i
   const PackedLinear& map = *a.map;
   const double input = s.counted.input;
   const int64_t width = a.window.width(a.width), pixels = a.window.height(a.height) * width;
-  const int64_t begin = strip.top * width, end = strip.bottom * width;
+  if (a.wanted) strip.wanted = a.wanted + strip.image * pixels;
+  silence(a, strip, width, pixels, first, last);
+  const int64_t columns = set_columns(a, strip, width, pixels, 0, a.T, s);
+  if (columns == 0) return;
   const Lists lists = list_strip(a, k, strip, 0, a.still ? 1 : a.T, s);
-  set_columns(a, strip.image, pixels, begin, end, 0, a.T, s);
   for (int64_t p = first; p < last; ++p) {
     lists.run(k, map, p, s.acc.data());
     if (a.sums) {
-      write_sums(s.acc.data(), s.row.data(), (end - begin) * a.T, map, p, pixels, a.sums);
+      write_sums(s.acc.data(), s.row.data(), columns * a.T, map, p, pixels, a.sums);
       continue;
     }
     s.counted.spikes[0] +=
-        k.fire({s.acc.data(), a.still, s.first.data(), s.row.data(), end - begin, a.out + p,
+        k.fire({s.acc.data(), a.still, s.first.data(), s.row.data(), columns, a.out + p,
                 map.panels(), map.valid.data()[p], a.state ? s.state.data() : nullptr, p * panel},
                a.neuron);
   }
@@ -337,6 +386,8 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     const int64_t panels = a.map->panels(), shares = shares_of(a.B, panels, threads);
     for (ChunkScratch& s : scratch) {
       reserve(a, height, 1, s);
+      s.sum_of.reserve(height * width);
+      if (a.wanted) s.read.reserve(height * width);
       s.room.reserve((1 + (panels + shares - 1) / shares) * pixels * panel);
     }
     parallel(threads, a.B * shares, [&](int64_t item, int thread) {
@@ -352,7 +403,7 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     for (ChunkScratch& s : scratch) reserve(a, rows, steps, s);
     parallel(threads, a.B * strips * shares, [&](int64_t item, int thread) {
       const int64_t share = item % shares, strip = item / shares % strips, top = strip * rows;
-      run_strip(a, k, {item / shares / strips, top, std::min(top + rows, height)},
+      run_strip(a, k, {item / shares / strips, top, std::min(top + rows, height), nullptr},
                 panels * share / shares, panels * (share + 1) / shares, scratch[thread]);
     });
   }
@@ -362,10 +413,11 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
 }
 
 void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width, int64_t stride,
-               const Window& window, uint64_t* out, int threads) {
+               const Window& window, uint64_t* out, int threads, const uint8_t* wanted) {
   const int64_t h = window.height(height), w = window.width(width);
   parallel(threads, maps, [&](int64_t map, int) {
     const uint64_t* in = bits + map * height * width * stride;
+    const uint8_t* wants = wanted ? wanted + map * h * w : nullptr;
     uint64_t* to = out + map * h * w * stride;
     for (int64_t y = 0; y < h; ++y) {
       const int64_t first_y = y * window.stride_y - window.pad_y;
@@ -376,6 +428,7 @@ void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width
         const int64_t left = std::max<int64_t>(first_x, 0);
         const int64_t right = std::min(first_x + window.kernel_x, width);
         std::fill_n(to, stride, uint64_t(0));
+        if (wants && !wants[y * w + x]) continue;
         for (int64_t ny = top; ny < bottom; ++ny) {
           for (int64_t nx = left; nx < right; ++nx) {
             const uint64_t* from = in + (ny * width + nx) * stride;
@@ -385,6 +438,25 @@ void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width
       }
     }
   });
+}
+
+void mark_read(const uint8_t* wanted, const Window& window, int64_t height, int64_t width,
+               uint8_t* read) {
+  std::fill_n(read, height * width, uint8_t(0));
+  for (int64_t y = 0; y < window.height(height); ++y) {
+    const int64_t first_y = y * window.stride_y - window.pad_y;
+    const int64_t top = std::max<int64_t>(first_y, 0);
+    const int64_t bottom = std::min(first_y + window.kernel_y, height);
+    for (int64_t x = 0; x < window.width(width); ++x) {
+      if (!*wanted++) continue;
+      const int64_t first_x = x * window.stride_x - window.pad_x;
+      const int64_t left = std::max<int64_t>(first_x, 0);
+      const int64_t right = std::min(first_x + window.kernel_x, width);
+      for (int64_t ny = top; ny < bottom && left < right; ++ny) {
+        std::fill(read + ny * width + left, read + ny * width + right, uint8_t(1));
+      }
+    }
+  }
 }
 
 }  // namespace atsnn

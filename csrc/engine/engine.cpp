@@ -4,12 +4,17 @@
 
 namespace atsnn {
 
-int64_t NetworkConfig::grid() const {
-  int64_t size = image_size;
-  for (bool halves : pooled) {
-    if (halves) size = halved(size);
+std::array<StemMap, 5> NetworkConfig::stem_maps() const {
+  std::array<StemMap, 5> maps;
+  int64_t side = image_size;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const bool halves = i < pooled.size() && pooled[i];
+    const int64_t after = halves ? halved(side) : side;
+    // Neurons lie before a pooling of spikes and after a pooling of sums.
+    maps[i] = {side, pool_spikes ? side : after, after, halves};
+    side = after;
   }
-  return size;
+  return maps;
 }
 
 void StreamState::start(const Network& net, int64_t images, bool stem) {
@@ -21,13 +26,10 @@ void StreamState::start(const Network& net, int64_t images, bool stem) {
   batch = images;
   steps = 0;
   broken = false;
-  int64_t size = c.image_size;
+  const std::array<StemMap, 5> maps = c.stem_maps();
   for (size_t i = 0; stem && i < conv.size(); ++i) {
-    // Neurons lie before a pooling of spikes and after a pooling of sums.
-    const bool halves = i < c.pooled.size() && c.pooled[i];
-    const int64_t after = halves ? halved(size) : size, side = c.pool_spikes ? size : after;
-    at_rest(conv[i], images * side * side * net.conv[i].map.outputs, net.conv[i].neuron);
-    size = after;
+    const int64_t pixels = maps[i].neurons * maps[i].neurons;
+    at_rest(conv[i], images * pixels * net.conv[i].map.outputs, net.conv[i].neuron);
   }
   block.resize(c.depth);
   for (int64_t l = 0; l < c.depth; ++l) {
@@ -41,8 +43,7 @@ void StreamState::start(const Network& net, int64_t images, bool stem) {
     b.score.reserve_zeros(tokens);
     b.stop.reserve_zeros(tokens);
   }
-  const bool sequential = c.halting == Accumulator::sequential;
-  features.reserve_zeros((sequential ? tokens : images) * C);
+  features.reserve_zeros((c.reads_tokens() ? tokens : images) * C);
   total.reserve_zeros(tokens);
   ran.reserve_zeros(tokens);
 }
@@ -71,6 +72,7 @@ Engine::~Engine() = default;
 void Engine::run(const Images& images, const Outputs& out, const Options& options, Report& report) {
   const NetworkConfig& c = net_.config;
   report.stem_spikes.assign(layer::stem_layers, 0);
+  report.stem_pixels.assign(layer::stem_layers, 0);
   report.block_spikes.assign(c.depth * layer::block_layers, 0);
   report.rows.assign(c.depth, 0);
   report.ponder = 0;

@@ -20,8 +20,14 @@ namespace atsnn {
 
 enum class Accumulator { none, rectangle, depth, sequential };
 
+// A layer of the stem: the sides of the map it reads, of its neurons, and of what leaves it.
+struct StemMap {
+  int64_t side, neurons, after;
+  bool halves;
+};
+
 struct NetworkConfig {
-  int64_t image_size, in_channels, num_classes, embed_dim, depth, num_heads, hidden, T;
+  int64_t image_size, in_channels, outputs, embed_dim, depth, num_heads, hidden, T;
   std::array<bool, 4> pooled;  // after which convolutions maps are halved
   bool pool_spikes;            // or sums, before the neurons
   bool spike_driven;           // SDSA instead of spiking self-attention
@@ -30,11 +36,15 @@ struct NetworkConfig {
   bool mean_field;  // or the last block's tokens alone
   Score score;
   double eps;
+  bool pixels;  // the head gives the classes of each token's pixels, not of the image
   bool merging, merge_sizes;
   std::vector<int64_t> merge_r;           // of each boundary
   std::optional<double> merge_threshold;  // instead: of the squared cosine
 
-  int64_t grid() const;  // tokens along a side
+  std::array<StemMap, 5> stem_maps() const;
+  int64_t grid() const { return stem_maps().back().side; }  // tokens along a side
+  // Whether the readout is that of each token rather than their sum.
+  bool reads_tokens() const { return pixels || halting == Accumulator::sequential; }
   bool adaptive() const { return halting != Accumulator::none || merging; }
 };
 
@@ -48,7 +58,7 @@ struct Network {
   std::array<SpikeLayer, 5> conv;
   std::vector<BlockLayers> block;
   Buffer<float> weights;                       // of all maps
-  std::vector<double> head_weight, head_bias;  // [classes, C], [classes]
+  std::vector<double> head_weight, head_bias;  // [C, outputs], [outputs]
   std::vector<double> score_weight;            // one, or [C] for the linear score
   double score_bias = 0;
 };
@@ -64,7 +74,7 @@ struct StreamState {
   bool broken = false;  // a call that did not end has left it half-way
   std::array<Buffer<float>, 5> conv;
   std::vector<Block> block;
-  Buffer<double> features;  // [B, C]; sequential: [B, N, C]
+  Buffer<double> features;  // [B, C], or [B, N, C] where tokens are read
   Buffer<float> total;      // [B, N], sequential: the scores of the cells so far
   Buffer<int64_t> ran;      // [B, N], sequential: timesteps with an executed cell
 
@@ -73,7 +83,7 @@ struct StreamState {
 
 // Arrays of a whole batch that a pass fills; null: not wanted.
 struct Outputs {
-  float* logits;            // [B, classes]
+  float* logits;            // [B, outputs], of pixels [B, N, outputs]
   uint8_t* active;          // [L, T, B, N]
   float *scores, *weights;  // [L, T, B, N]
   float* block_sizes;       // [L, B, N]
@@ -117,8 +127,10 @@ using PieceSeconds = std::array<double, static_cast<size_t>(Piece::pieces)>;
 // What a call counted.
 struct Report {
   std::vector<double> stem_spikes, block_spikes;  // [stem_layers], [L, block_layers]
-  std::vector<int64_t> rows;                      // [L], cells executed
-  double ponder = 0;                              // the sum of D + w[D], by size
+  // [stem_layers]: pixels, of every timestep and image, whose sums (`in`) or neurons were computed.
+  std::vector<int64_t> stem_pixels;
+  std::vector<int64_t> rows;  // [L], cells executed
+  double ponder = 0;          // the sum of D + w[D], by size
   double stem_seconds = 0, head_seconds = 0;
   std::vector<PieceSeconds> block_seconds;  // [L]
 };

@@ -390,6 +390,31 @@ int64_t attend(const Attend& a, const NeuronParams& p, int64_t image, int64_t fi
   });
 }
 
+// ---- head ---------------------------------------------------------------------------------------
+
+// `n` outputs of a row from `o` on, whose sums stay in registers.
+template <int n>
+void head_outputs(const Head& a, int64_t row, int64_t o) {
+  double sum[n] = {};
+  for (int64_t i = 0; i < a.inputs; ++i) {
+    const double x = a.x[row * a.inputs + i];
+    const double* weight = a.weight + i * a.outputs + o;
+    for (int j = 0; j < n; ++j) sum[j] += x * weight[j];
+  }
+  float* out = a.out + row * a.outputs + o;
+  for (int j = 0; j < n; ++j) out[j] = static_cast<float>(sum[j] + a.bias[o + j]);
+}
+
+void head(const Head& a, int64_t begin, int64_t end) {
+  constexpr int most = 4 * ATSNN_VECTOR_BYTES / sizeof(double);
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t o = 0;
+    for (; o + most <= a.outputs; o += most) head_outputs<most>(a, row, o);
+    for (; o + 4 <= a.outputs; o += 4) head_outputs<4>(a, row, o);
+    for (; o < a.outputs; ++o) head_outputs<1>(a, row, o);
+  }
+}
+
 // ---- what is not zero ---------------------------------------------------------------------------
 
 int64_t count(const uint64_t* bits, int64_t n) {
@@ -581,6 +606,7 @@ const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
     ATSNN_LEVEL::list_groups,
     ATSNN_LEVEL::fire,
     ATSNN_LEVEL::attend,
+    ATSNN_LEVEL::head,
     ATSNN_LEVEL::count,
     ATSNN_LEVEL::list_bits,
     ATSNN_LEVEL::list_bytes,

@@ -88,6 +88,16 @@ struct Attend {
   float* state;  // [B, N, C] in token order, read and written; null: at rest
 };
 
+// The linear layer behind the readout, in float64, each sum rounded once: inputs are added in
+// order.
+struct Head {
+  const double* x;       // [rows, inputs]
+  const double* weight;  // [inputs, outputs]
+  const double* bias;    // [outputs]
+  int64_t inputs, outputs;
+  float* out;  // [rows, outputs]
+};
+
 // Heads that share no word of spikes with others: gcd(d, 64) divides so many.
 int64_t heads_together(int64_t head_dim);
 // Floats of scratch for one image of at most `tokens` tokens.
@@ -103,6 +113,7 @@ struct Kernels {
   int64_t (*fire)(const Fire&, const NeuronParams&);
   int64_t (*attend)(const Attend&, const NeuronParams&, int64_t image, int64_t first_head,
                     int64_t heads, float* scratch);
+  void (*head)(const Head&, int64_t begin, int64_t end);
   // Set bits of n words.
   int64_t (*count)(const uint64_t* bits, int64_t n);
   // Lists the set bits of n words, as base + bit, and returns how many there are. Up to 16 more

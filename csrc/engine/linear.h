@@ -106,7 +106,9 @@ struct ChunkScratch {
   Buffer<uint32_t> found;  // where lists begin that are put together (conv.cpp)
   Buffer<uint16_t> part;
   Buffer<float> part_value;
-  Buffer<float> patch;  // the inputs of one pixel
+  Buffer<float> patch;   // the inputs of one pixel
+  Buffer<uint8_t> read;  // pixels that pooling reads (conv.cpp), and where their sums are
+  Buffer<int32_t> sum_of;
   Counted counted;
 };
 

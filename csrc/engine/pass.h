@@ -56,10 +56,17 @@ struct MatchScratch {
   }
 };
 
+// The pixels of a layer of the stem that are wanted, [B, side, side] bytes: of its sums, of its
+// neurons, and of what leaves it.
+struct StemPixels {
+  Buffer<uint8_t> sums, neurons, after;
+};
+
 struct Workspace {
   std::vector<ChunkScratch> thread;
   std::vector<Buffer<float>> attend;  // of each thread
-  Buffer<uint64_t> map[2], tokens, qkv, attended, branch, hidden;
+  Buffer<uint64_t> map[2], shown, tokens, qkv, attended, branch, hidden;
+  std::array<StemPixels, 5> stem;
   // The residual stream: integers, until a merge makes means of them.
   Buffer<uint8_t> counts, counts_next, all_counts;
   Buffer<float> values, values_next;
@@ -107,10 +114,12 @@ class Pass {
         C_(c_.embed_dim),
         W_(words(C_)),
         masked_(options.masked && c_.adaptive()),
+        by_step_(c_.halting == Accumulator::sequential && !masked_ && !options.record),
+        maps_(c_.stem_maps()),
         state_(options.state) {}
 
   void run() {
-    stem();
+    if (!by_step_) stem();
     start();
     c_.halting == Accumulator::sequential ? run_sequential() : run_parallel();
     // Where the next call begins is the larger one, so that a repeated shape grows nothing.
@@ -129,6 +138,9 @@ class Pass {
   Report& report_;
   const int64_t b0_, B_, T_, N_, C_, W_;
   const bool masked_;
+  // Whether the stem runs timestep by timestep, around the tokens that go on alone.
+  const bool by_step_;
+  const std::array<StemMap, 5> maps_;
   StreamState* state_;
   int64_t step_ = 0;               // the first timestep of the layouts at hand
   bool floats_ = false;            // whether the residual stream is `values` rather than `counts`
@@ -143,7 +155,20 @@ class Pass {
 
   // ---- stem -------------------------------------------------------------------------------------
 
+  // All of it, at every timestep: tokens into ws_.counts.
   void stem();
+
+  // The same a timestep at a time, for tokens that are active then: into ws_.all_counts. Those that
+  // have halted stay so, and what none of the others will look at need not be known.
+  void start_stem();
+  void stem_step(int64_t t, StreamState* state, const int64_t* active);
+  void want_stem(const int64_t* active);
+
+  void reserve_stem(int64_t T);
+  float* stem_state(StreamState* state, int i) const;
+  // One layer for T timesteps, of images or of spikes; returns what leaves it.
+  const uint64_t* stem_layer(int i, int64_t T, const float* images, const uint64_t* in,
+                             float* state, const StemPixels* wanted);
 
   // ---- what all accumulators share --------------------------------------------------------------
 
@@ -198,9 +223,11 @@ class Pass {
   void copy_rows(const int64_t* index, int64_t rows, uint8_t* bytes, float* floats);
   void score(Rows x, int64_t n, float* h);
 
-  // Adds sum of w * x over the rows to the features.
+  // Adds sum of w * x over the rows to the features, of images or of original tokens.
   void read(Rows x, const float* w, const Layout& layout, double* features);
-  void write_logits(const double* total, double cells);
+  void read_tokens(Rows x, const float* w, const Layout& layout, double* features);
+  // Of the mean over so many cells, for each of `rows` images or tokens from the group's first on.
+  void write_logits(const double* total, double cells, int64_t rows);
 
   // ---- all timesteps of a block at once ---------------------------------------------------------
 
@@ -229,15 +256,15 @@ class Pass {
 
   void run_sequential();
 
-  void sequential_step(int64_t t, const uint8_t* all, StreamState* state, float* total,
-                       double* features, int64_t* ran, float threshold);
+  void sequential_step(int64_t t, StreamState* state, float* total, double* features, int64_t* ran,
+                       float threshold);
 
   // One timestep's scores after a block: which tokens go on, and what the readout takes of them.
   void accumulate(Rows x, const float* h, float* w, uint8_t* last, float* total, float* before,
                   double* features, float threshold, bool final);
 
-  // The rows of timestep `t` that are computed, of the tokens of all timesteps.
-  void gather_step(int64_t t, const uint8_t* all);
+  // The rows of a timestep that are computed, of all its tokens.
+  void gather_step(const uint8_t* all);
 };
 
 }  // namespace atsnn

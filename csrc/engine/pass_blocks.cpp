@@ -206,17 +206,41 @@ void Pass::read(Rows x, const float* w, const Layout& layout, double* features) 
   for (int64_t i = 0; i < B_ * C_; ++i) features[i] += sums[i];
 }
 
-void Pass::write_logits(const double* total, double cells) {
-  const Timer timer(report_.head_seconds);
-  double* features = ws_.read.reserve(C_);
-  for (int64_t b = 0; b < B_; ++b) {
-    for (int64_t i = 0; i < C_; ++i) features[i] = static_cast<float>(total[b * C_ + i] / cells);
-    for (int64_t o = 0; o < c_.num_classes; ++o) {
-      double sum = 0;
-      for (int64_t i = 0; i < C_; ++i) sum += features[i] * net_.head_weight[o * C_ + i];
-      out_.logits[(b0_ + b) * c_.num_classes + o] = static_cast<float>(sum + net_.head_bias[o]);
+void Pass::read_tokens(Rows x, const float* w, const Layout& layout, double* features) {
+  double* sums = ws_.read.reserve_zeros(B_ * N_ * C_);
+  parallel(threads(), B_, [&](int64_t b, int) {
+    for (int64_t t = 0; t < layout.T; ++t) {
+      for (int64_t r = 0; r < layout.count(t, b); ++r) {
+        const int64_t row = layout.start(t, b) + r;
+        const double weight = w[row];
+        double* sum = sums + (b * N_ + layout.token_at(b, r)) * C_;
+        for (int64_t c = 0; weight != 0 && c < C_; ++c) {
+          sum[c] += weight * (x.bytes ? x.bytes[row * C_ + c] : x.floats[row * C_ + c]);
+        }
+      }
     }
-  }
+    // A token that was merged away takes what its holder has.
+    for (int64_t n = 0; n < N_; ++n) {
+      const double* from = sums + (b * N_ + ws_.source.data()[b * N_ + n]) * C_;
+      double* to = features + (b * N_ + n) * C_;
+      for (int64_t c = 0; c < C_; ++c) to[c] += from[c];
+    }
+  });
+}
+
+void Pass::write_logits(const double* total, double cells, int64_t rows) {
+  const Timer timer(report_.head_seconds);
+  const int64_t first = c_.pixels ? b0_ * N_ : b0_;
+  double* features = ws_.read.reserve(rows * C_);
+  const Head head{features,   net_.head_weight.data(),         net_.head_bias.data(), C_,
+                  c_.outputs, out_.logits + first * c_.outputs};
+  parallel(threads(), (rows + rows_a_task - 1) / rows_a_task, [&](int64_t task, int) {
+    const int64_t begin = task * rows_a_task, end = std::min(rows, begin + rows_a_task);
+    for (int64_t i = begin * C_; i < end * C_; ++i) {
+      features[i] = static_cast<float>(total[i] / cells);
+    }
+    k_.head(head, begin, end);
+  });
 }
 
 }  // namespace atsnn

@@ -8,8 +8,9 @@ void Pass::run_parallel() {
   lay_out(ws_.full, T_, ws_.steps.data());
   lay_out(ws_.active, T_, ws_.steps.data());
   ws_.H.reserve_zeros(ws_.active.view.rows());
-  double* features =
-      state_ ? state_->features.data() + b0_ * C_ : ws_.features.reserve_zeros(B_ * C_);
+  const int64_t read_rows = c_.pixels ? tokens : B_;  // images, or tokens
+  double* features = state_ ? state_->features.data() + b0_ * (read_rows / B_) * C_
+                            : ws_.features.reserve_zeros(read_rows * C_);
   for (int64_t l = 0; l < c_.depth; ++l) {
     compute(ws_.active);
     const bool runs = ws_.active.view.rows() > 0;
@@ -18,7 +19,8 @@ void Pass::run_parallel() {
     if (l + 1 < c_.depth) advance(l, runs);
   }
   const int64_t steps = state_ ? state_->steps + T_ : T_;
-  write_logits(features, static_cast<double>(std::max<int64_t>(steps * N_, 1)));
+  const int64_t cells = c_.pixels ? steps : steps * N_;
+  write_logits(features, static_cast<double>(std::max<int64_t>(cells, 1)), read_rows);
 }
 
 void Pass::finish_block(int64_t l, double* features) {
@@ -61,7 +63,7 @@ void Pass::finish_block(int64_t l, double* features) {
       used = ws_.used.reserve(rows);
       std::copy_n(last, rows, used);
     }
-    read(x, used, layout, features);
+    c_.pixels ? read_tokens(x, used, layout, features) : read(x, used, layout, features);
   }
   // Not timed: who asks for no trace does not pay for it.
   if (out_.trace()) trace_block(l, layout, h, w, last);

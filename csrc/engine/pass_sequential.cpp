@@ -6,7 +6,7 @@ void Pass::run_sequential() {
   const int64_t tokens = B_ * N_;
   StreamState* state = state_;
   if (!state) {
-    ws_.sequential.start(net_, B_, false);
+    ws_.sequential.start(net_, B_, by_step_);
     state = &ws_.sequential;
   }
   const int64_t first = state_ ? b0_ : 0;
@@ -14,22 +14,29 @@ void Pass::run_sequential() {
   double* features = state->features.data() + first * N_ * C_;
   int64_t* ran = state->ran.data() + first * N_;
   const float threshold = static_cast<float>(1.0 - c_.eps);
-  std::swap(ws_.counts, ws_.all_counts);
+  if (by_step_) {
+    start_stem();
+    ws_.all_counts.reserve(tokens * C_);
+  } else {
+    std::swap(ws_.counts, ws_.all_counts);
+  }
   for (int64_t t = 0; t < T_; ++t) {
-    sequential_step(t, ws_.all_counts.data(), state, total, features, ran, threshold);
+    sequential_step(t, state, total, features, ran, threshold);
   }
   larger_first(ws_.counts, ws_.counts_next);
-  std::swap(ws_.counts, ws_.all_counts);
-  double* sums = ws_.features.reserve_zeros(B_ * C_);
+  if (!by_step_) std::swap(ws_.counts, ws_.all_counts);
+  double* sums = ws_.features.reserve_zeros((c_.pixels ? tokens : B_) * C_);
   for (int64_t i = 0; i < tokens; ++i) {
     const double steps = static_cast<double>(std::max<int64_t>(ran[i], 1));
-    for (int64_t c = 0; c < C_; ++c) sums[i / N_ * C_ + c] += features[i * C_ + c] / steps;
+    double* sum = sums + (c_.pixels ? i : i / N_) * C_;
+    for (int64_t c = 0; c < C_; ++c) sum[c] += features[i * C_ + c] / steps;
   }
-  write_logits(sums, static_cast<double>(std::max<int64_t>(N_, 1)));
+  const int64_t cells = c_.pixels ? 1 : std::max<int64_t>(N_, 1);
+  write_logits(sums, static_cast<double>(cells), c_.pixels ? tokens : B_);
 }
 
-void Pass::sequential_step(int64_t t, const uint8_t* all, StreamState* state, float* total,
-                           double* features, int64_t* ran, float threshold) {
+void Pass::sequential_step(int64_t t, StreamState* state, float* total, double* features,
+                           int64_t* ran, float threshold) {
   step_ = t;
   const int64_t tokens = B_ * N_;
   int64_t* steps = ws_.steps.data();
@@ -40,9 +47,10 @@ void Pass::sequential_step(int64_t t, const uint8_t* all, StreamState* state, fl
     ran[i] += steps[i];
   }
   lay_out(ws_.active, 1, steps);
+  if (by_step_) stem_step(t, state, steps);
   compute(ws_.active);
   float* before = ws_.H.reserve_zeros(tokens);
-  gather_step(t, all);
+  gather_step(ws_.all_counts.data() + (by_step_ ? 0 : t * tokens * C_));
   for (int64_t l = 0; l < c_.depth; ++l) {
     if (layout_.rows() && ws_.active.view.rows()) run_block(l, ws_.active, state);
     const Layout& layout = ws_.active.view;
@@ -94,12 +102,12 @@ void Pass::accumulate(Rows x, const float* h, float* w, uint8_t* last, float* to
   }
 }
 
-void Pass::gather_step(int64_t t, const uint8_t* all) {
+void Pass::gather_step(const uint8_t* all) {
   uint8_t* x = ws_.counts.reserve(B_ * N_ * C_);
   for (int64_t b = 0; b < B_; ++b) {
     for (int64_t r = 0; r < layout_.count(0, b); ++r) {
       const int64_t token = b * N_ + layout_.token_at(b, r);
-      std::copy_n(all + (t * B_ * N_ + token) * C_, C_, x + (layout_.start(0, b) + r) * C_);
+      std::copy_n(all + token * C_, C_, x + (layout_.start(0, b) + r) * C_);
     }
   }
 }

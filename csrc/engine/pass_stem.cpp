@@ -2,77 +2,170 @@
 
 namespace atsnn {
 
+namespace {
+
+constexpr int position = 4;  // the layer whose spikes are added to the tokens
+
+int64_t count_wanted(const uint8_t* wanted, int64_t pixels) {
+  return std::count_if(wanted, wanted + pixels, [](uint8_t pixel) { return pixel != 0; });
+}
+
+}  // namespace
+
+void Pass::reserve_stem(int64_t T) {
+  int64_t largest = 0;
+  for (int i = 0; i < position; ++i) {
+    largest = std::max(largest, maps_[i].side * maps_[i].side * words(net_.conv[i].map.outputs));
+  }
+  for (auto* map : {&ws_.map[0], &ws_.map[1]}) map->reserve(T * B_ * largest);
+  ws_.tokens.reserve(T * B_ * N_ * W_);
+  ws_.branch.reserve(T_ * B_ * N_ * W_);
+}
+
+const uint64_t* Pass::stem_layer(int i, int64_t T, const float* images, const uint64_t* in,
+                                 float* state, const StemPixels* wanted) {
+  const PackedLinear& map = net_.conv[i].map;
+  const StemMap& m = maps_[i];
+  const int64_t channels = map.inputs / Window{}.taps(), sums = m.side * m.side;
+  const int64_t neurons = m.neurons * m.neurons, stride = words(map.outputs);
+  const bool still = i == 0 && images_.still, pool = m.halves && !c_.pool_spikes;
+  uint64_t* out = i == position ? ws_.branch.data() : ws_.map[0].data();
+  ConvLif conv{
+      images, in,   channels, T, B_, m.side, m.side, still, pool, &map, net_.conv[i].neuron,
+      out,    state};
+  if (wanted) conv.wanted = wanted->neurons.data();
+  const Counted counted = run_conv_lif(conv, k_, ws_.thread);
+  report_.stem_spikes[2 * i] += counted.input;
+  report_.stem_spikes[2 * i + 1] += counted.spikes[0];
+  const int64_t shown = still ? 1 : T;
+  report_.stem_pixels[2 * i] +=
+      shown * (wanted ? count_wanted(wanted->sums.data(), B_ * sums) : B_ * sums);
+  report_.stem_pixels[2 * i + 1] +=
+      T * (wanted ? count_wanted(wanted->neurons.data(), B_ * neurons) : B_ * neurons);
+  if (options_.record) {
+    int64_t* offsets = ws_.index.reserve(T * B_ + 1);
+    for (int64_t run = 0; run <= T * B_; ++run) offsets[run] = run * neurons;
+    options_.record(
+        {-1, 2 * i + 1, out, stride, map.outputs, {T, B_, neurons, offsets, nullptr}, b0_, 0});
+  }
+  poll();
+  if (i == position) return out;
+  // The next layer reads the second map, or the tokens, and writes the first one.
+  if (!m.halves || pool) {
+    std::swap(ws_.map[0], ws_.map[1]);
+    return out;
+  }
+  uint64_t* pooled = i + 1 == position ? ws_.tokens.data() : ws_.map[1].data();
+  pool_bits(out, T * B_, m.side, m.side, stride, halving, pooled, threads(),
+            wanted ? wanted->after.data() : nullptr);
+  return pooled;
+}
+
+float* Pass::stem_state(StreamState* state, int i) const {
+  if (!state) return nullptr;
+  const int64_t first = state == state_ ? b0_ : 0;
+  return state->conv[i].data() +
+         first * maps_[i].neurons * maps_[i].neurons * net_.conv[i].map.outputs;
+}
+
 void Pass::stem() {
   const Timer timer(report_.stem_seconds);
-  int64_t side = c_.image_size, channels = c_.in_channels;
+  reserve_stem(T_);
   const int64_t shown = images_.still ? 1 : T_;
-  const uint64_t* in = nullptr;
-  int64_t largest = 0;
-  for (size_t i = 0; i < net_.conv.size(); ++i) {
-    const int64_t after = i < c_.pooled.size() && c_.pooled[i] ? halved(side) : side;
-    largest = std::max(largest, side * side * words(net_.conv[i].map.outputs));
-    side = after;
-  }
-  for (auto& map : ws_.map) map.reserve(T_ * B_ * largest);
-  side = c_.image_size;
+  const int64_t one = c_.in_channels * c_.image_size * c_.image_size;
   // Images of the group follow each other within a timestep only.
-  const float* images = images_.data + b0_ * channels * side * side;
+  const float* images = images_.data + b0_ * one;
   if (shown > 1 && images_.B != B_) {
-    const int64_t one = channels * side * side;
     float* copy = ws_.values.reserve(shown * B_ * one);
     for (int64_t t = 0; t < shown; ++t) {
       std::copy_n(images + t * images_.B * one, B_ * one, copy + t * B_ * one);
     }
     images = copy;
   }
-  for (size_t i = 0; i < net_.conv.size(); ++i) {
-    const PackedLinear& map = net_.conv[i].map;
-    const bool halves = i < c_.pooled.size() && c_.pooled[i];
-    uint64_t* out = ws_.map[i % 2].data();
-    float* state = nullptr;
-    if (state_) {
-      const int64_t size = halves && !c_.pool_spikes ? halved(side) : side;
-      state = state_->conv[i].data() + b0_ * size * size * map.outputs;
-    }
-    if (i == 4) out = ws_.branch.reserve(T_ * B_ * N_ * W_);
-    const Counted counted = run_conv_lif(
-        {i == 0 ? images : nullptr, in, channels, T_, B_, side, side, i == 0 && images_.still,
-         halves && !c_.pool_spikes, &map, net_.conv[i].neuron, out, state},
-        k_, ws_.thread);
-    if (options_.record) {
-      const int64_t size = halves && !c_.pool_spikes ? halved(side) : side;
-      int64_t* offsets = ws_.index.reserve(T_ * B_ + 1);
-      for (int64_t run = 0; run <= T_ * B_; ++run) offsets[run] = run * size * size;
-      options_.record({-1,
-                       static_cast<int>(2 * i + 1),
-                       out,
-                       words(map.outputs),
-                       map.outputs,
-                       {T_, B_, size * size, offsets, nullptr},
-                       b0_,
-                       0});
-    }
-    report_.stem_spikes[2 * i] += counted.input;
-    report_.stem_spikes[2 * i + 1] += counted.spikes[0];
-    if (i == 4) break;
-    if (halves && c_.pool_spikes) {
-      uint64_t* pooled =
-          i == 3 ? ws_.tokens.reserve(T_ * B_ * N_ * W_) : ws_.map[(i + 1) % 2].data();
-      pool_bits(out, T_ * B_, side, side, words(map.outputs), halving, pooled, threads());
-      // The next layer must not write where it reads.
-      if (i < 3) std::swap(ws_.map[0], ws_.map[1]);
-      out = pooled;
-    }
-    if (halves) side = halved(side);
-    in = out;
-    channels = map.outputs;
-    poll();
+  const uint64_t* in = stem_layer(0, T_, images, nullptr, stem_state(state_, 0), nullptr);
+  for (int i = 1; i < position; ++i) {
+    in = stem_layer(i, T_, nullptr, in, stem_state(state_, i), nullptr);
   }
+  const uint64_t* branch =
+      stem_layer(position, T_, nullptr, in, stem_state(state_, position), nullptr);
   const int64_t rows = T_ * B_ * N_;
   uint8_t* x = ws_.counts.reserve_zeros(rows * C_);
   for (int64_t r = 0; r < rows; ++r) {
     add_bits(in + r * W_, C_, x + r * C_);
-    add_bits(ws_.branch.data() + r * W_, C_, x + r * C_);
+    add_bits(branch + r * W_, C_, x + r * C_);
+  }
+}
+
+void Pass::start_stem() {
+  const Timer timer(report_.stem_seconds);
+  reserve_stem(images_.still ? T_ : 1);
+  if (!images_.still) return;
+  // What the first layer adds up is the same at every timestep.
+  const float* images = images_.data + b0_ * c_.in_channels * c_.image_size * c_.image_size;
+  stem_layer(0, T_, images, nullptr, stem_state(state_, 0), nullptr);
+  // Its spikes are in the second map; they stay while the other layers run.
+  std::swap(ws_.map[1], ws_.shown);
+  ws_.map[1].reserve(ws_.shown.capacity());
+}
+
+void Pass::stem_step(int64_t t, StreamState* state, const int64_t* active) {
+  const Timer timer(report_.stem_seconds);
+  const int64_t tokens = B_ * N_;
+  const int64_t on =
+      std::count_if(active, active + tokens, [](int64_t steps) { return steps > 0; });
+  if (on == 0) return;
+  const bool all = on == tokens;
+  if (!all) want_stem(active);
+  const auto wanted = [&](int i) { return all ? nullptr : &ws_.stem[i]; };
+  const uint64_t* in = nullptr;
+  if (images_.still) {
+    in = ws_.shown.data() +
+         t * B_ * maps_[0].after * maps_[0].after * words(net_.conv[0].map.outputs);
+  } else {
+    const int64_t one = c_.in_channels * c_.image_size * c_.image_size;
+    const float* images = images_.data + (t * images_.B + b0_) * one;
+    in = stem_layer(0, 1, images, nullptr, stem_state(state, 0), wanted(0));
+  }
+  for (int i = 1; i < position; ++i) {
+    in = stem_layer(i, 1, nullptr, in, stem_state(state, i), wanted(i));
+  }
+  const uint64_t* branch =
+      stem_layer(position, 1, nullptr, in, stem_state(state, position), wanted(position));
+  uint8_t* x = ws_.all_counts.data();
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (!active[i]) continue;
+    std::fill_n(x + i * C_, C_, uint8_t(0));
+    add_bits(in + i * W_, C_, x + i * C_);
+    add_bits(branch + i * W_, C_, x + i * C_);
+  }
+}
+
+void Pass::want_stem(const int64_t* active) {
+  uint8_t* last = ws_.stem[position].after.reserve(B_ * N_);
+  for (int64_t i = 0; i < B_ * N_; ++i) last[i] = active[i] > 0;
+  const int first = images_.still ? 1 : 0;
+  for (int i = position;; --i) {
+    StemPixels& wanted = ws_.stem[i];
+    const StemMap& m = maps_[i];
+    const int64_t sums = m.side * m.side, after = m.after * m.after;
+    const auto each_image = [&](const uint8_t* from, int64_t pixels, const Window& window,
+                                int64_t side, uint8_t* to) {
+      for (int64_t b = 0; b < B_; ++b) {
+        mark_read(from + b * pixels, window, side, side, to + b * side * side);
+      }
+    };
+    wanted.sums.reserve(B_ * sums);
+    if (m.halves) {
+      each_image(wanted.after.data(), after, halving, m.side, wanted.sums.data());
+    } else {
+      std::copy_n(wanted.after.data(), B_ * after, wanted.sums.data());
+    }
+    const Buffer<uint8_t>& neurons = c_.pool_spikes ? wanted.sums : wanted.after;
+    const int64_t size = B_ * m.neurons * m.neurons;
+    std::copy_n(neurons.data(), size, wanted.neurons.reserve(size));
+    if (i == first) break;
+    // What this layer reads is what leaves the one before it; the tokens are read twice.
+    each_image(wanted.sums.data(), sums, {}, m.side, ws_.stem[i - 1].after.reserve(B_ * sums));
   }
 }
 

@@ -29,7 +29,8 @@ import atsnn
 
 model = atsnn.from_pretrained("{name}")
 logits = model(images)  # float32 in 0..1, [B, {channels}, {size}, {size}]
-{engine}```
+fast = atsnn.freeze(model)  # for inference on CPUs
+```
 """
 
 LIMITS = """## Limits
@@ -81,7 +82,6 @@ def model_card(
         *_training(known),
         USE.format(
             name=name, channels=c.in_channels, size=c.image_size,
-            engine="" if pixels else "fast = atsnn.freeze(model)  # for inference on CPUs\n",
         ),
         LIMITS,
     ]  # fmt: skip

@@ -140,11 +140,20 @@ def cost(model: ATSpikformer, x: Tensor) -> Cost:
     return found
 
 
-def cost_of_trace(config: SpikformerConfig, trace: Trace, still: bool = True) -> Cost:
-    """Cost of the pass that ``trace`` describes; ``still``: its images stood still."""
+def cost_of_trace(
+    config: SpikformerConfig,
+    trace: Trace,
+    still: bool = True,
+    stem_pixels: dict[str, int] | None = None,
+) -> Cost:
+    """Cost of the pass that ``trace`` describes; ``still``: its images stood still.
+
+    ``stem_pixels``: of which each convolution of the stem was computed, if not of all; see
+    :class:`atsnn.engine.EngineTrace`.
+    """
     L, T, B, _ = trace.active.shape
     found = Cost(Parts(), Parts(), Parts(), Parts(), trace.active.sum((2, 3)).cpu())
-    _stem(found, config, trace.firing_rates, B, T, still)
+    _stem(found, config, trace.firing_rates, B, T, still, stem_pixels)
     for block in range(L):
         _block(found, config, trace, block)
     C = config.embed_dim
@@ -160,7 +169,13 @@ def cost_of_trace(config: SpikformerConfig, trace: Trace, still: bool = True) ->
 
 
 def _stem(
-    found: Cost, config: SpikformerConfig, rates: dict[str, float], B: int, T: int, still: bool
+    found: Cost,
+    config: SpikformerConfig,
+    rates: dict[str, float],
+    B: int,
+    T: int,
+    still: bool,
+    computed: dict[str, int] | None,
 ) -> None:
     dim, side, before = config.embed_dim, config.image_size, config.in_channels
     pooled = ("proj2", "proj3") if config.stem == "cifar" else ("proj", "proj1", "proj2", "proj3")
@@ -168,11 +183,11 @@ def _stem(
     for name, after in (*layers, ("rpe", dim)):
         first = name == "proj"
         frames = B if first and still else B * T
-        pixels = side * side
+        pixels = frames * side * side if computed is None else computed[name]
         rate = None if first else rates[f"patch_embed.{name}.input"]
         found._layer(
-            "stem", frames * pixels * 9 * before * after, rate,
-            frames * pixels * (before + after), 9 * before * after,
+            "stem", pixels * 9 * before * after, rate,
+            pixels * (before + after), 9 * before * after,
         )  # fmt: skip
         if name in pooled:
             side //= 2

@@ -30,7 +30,7 @@ from .nn.config import SpikformerConfig
 from .nn.folding import fold
 from .nn.halting import Halting
 from .nn.merging import TokenMerge
-from .nn.model import ATSpikformer, Head, check_images
+from .nn.model import ATSpikformer, Head, check_images, maps_of_tokens
 from .nn.neurons import IF, LIF, PLIF
 from .nn.stem import SpikingPatchSplitting
 from .nn.trace import Trace
@@ -68,6 +68,9 @@ class EngineTrace(Trace):
         ``matching`` and ``merging``.
     rows : list of int
         Rows each block ran, over the whole batch.
+    stem_pixels : dict of str to int
+        Pixels of which each convolution of the stem was computed, over batch and timesteps: with
+        the sequential accumulator those around the tokens that go on.
     config : SpikformerConfig
     still : bool
         Whether the images stood still.
@@ -76,6 +79,7 @@ class EngineTrace(Trace):
     seconds: Parts
     block_seconds: list[dict[str, float]]
     rows: list[int]
+    stem_pixels: dict[str, int]
     config: SpikformerConfig
     still: bool
 
@@ -86,7 +90,7 @@ class EngineTrace(Trace):
         Its ``dense`` is None: what the same network costs without halting is told by the trace of
         ``freeze(model.without_halting())``, or by :func:`atsnn.cost` of the model.
         """
-        return cost_of_trace(self.config, self, self.still)
+        return cost_of_trace(self.config, self, self.still, self.stem_pixels)
 
 
 class EngineState:
@@ -187,7 +191,7 @@ class Engine:
         Returns
         -------
         Tensor or EngineTrace
-            ``[B, num_classes]`` float32 logits.
+            ``[B, num_classes]`` float32 logits; ``[B, num_classes, H, W]`` with ``task="pixels"``.
         """
         c = self.config
         op = "Engine"
@@ -200,7 +204,8 @@ class Engine:
         L, N = c.depth, c.grid**2
         if scores is not None:
             self._check_scores(scores, L, T, B, N)
-        arrays: dict[str, Tensor] = {"logits": x.new_empty(B, c.num_classes)}
+        rows = (B, N) if c.task == "pixels" else (B,)
+        arrays: dict[str, Tensor] = {"logits": x.new_empty(*rows, c.outputs)}
         if return_trace:
             cells = (L, T, B, N)
             arrays |= {
@@ -218,6 +223,8 @@ class Engine:
                 x.detach().contiguous().numpy(), still, T, views, execution == "masked",
                 torch.get_num_threads(), None if state is None else state._state, level, record,
             )  # fmt: skip
+        if c.task == "pixels":
+            arrays["logits"] = maps_of_tokens(c, arrays["logits"])
         if not return_trace:
             return arrays["logits"]
         return self._trace(arrays, report, T, B, N, still)
@@ -299,7 +306,7 @@ class Engine:
             arrays["logits"], arrays["active"].bool(), arrays["depth"],
             torch.tensor(report["ponder"] / max(T * B * N, 1), dtype=torch.float32),
             arrays["scores"], arrays["weights"], arrays["sizes"], arrays["block_sizes"],
-            arrays["source"], self._rates(report, T, B, still),
+            arrays["source"], self._rates(report),
         )  # fmt: skip
         blocks = [dict(zip(PIECES, seconds, strict=True)) for seconds in report["block_seconds"]]
         return EngineTrace(
@@ -307,30 +314,21 @@ class Engine:
             seconds=_parts(report["stem_seconds"], blocks, report["head_seconds"]),
             block_seconds=blocks,
             rows=list(report["rows"]),
+            stem_pixels=dict(zip(STEM, report["stem_pixels"][::2], strict=True)),
             config=c,
             still=still,
         )
 
-    def _rates(self, report: dict[str, Any], T: int, B: int, still: bool) -> dict[str, float]:
+    def _rates(self, report: dict[str, Any]) -> dict[str, float]:
         """Spikes per neuron and active cell, by the names of the model's layers."""
         c = self.config
         dim = c.embed_dim
-        widths = (c.in_channels, dim // 8, dim // 4, dim // 2, dim)
-        counts = iter(report["stem_spikes"])
+        widths = (c.in_channels, dim // 8, dim // 4, dim // 2, dim, dim)
         found: dict[str, float] = {}
-        size = c.image_size
-        for i, name in enumerate(STEM):
-            before = widths[min(i, 4)]
-            shown = 1 if still and i == 0 else T
-            after = math.ceil(size / 2) if name in pooled(c) else size
-            neurons = size if c.pool == "after_lif" else after
-            places = {
-                f"{name}.input": shown * B * before * size**2,
-                f"{name}_lif": T * B * widths[min(i + 1, 4)] * neurons**2,
-            }
-            for layer, number in places.items():
-                found[f"patch_embed.{layer}"] = next(counts) / max(number, 1)
-            size = after
+        counts = zip(report["stem_spikes"], report["stem_pixels"], strict=True)
+        for i, (spikes, pixels) in enumerate(counts):
+            channels = widths[(i + 1) // 2]  # before a layer's neurons those of its input
+            found[layer_name(-1, i)] = spikes / max(pixels * channels, 1)
         counts = iter(report["block_spikes"])
         hidden = int(dim * c.mlp_ratio)
         for block, rows in enumerate(report["rows"]):
@@ -388,8 +386,8 @@ def freeze(model: ATSpikformer) -> Engine:
     Raises
     ------
     InvalidValue
-        If the model is in training mode, holds values that are not finite, gives the classes of
-        pixels, or is larger than the engine's integers.
+        If the model is in training mode, holds values that are not finite, or is larger than the
+        engine's integers.
     InvalidType
         If a layer is of a kind the engine does not know.
     BackendError
@@ -404,15 +402,12 @@ def freeze(model: ATSpikformer) -> Engine:
         )
     _check_model(model)
     c = model.config
-    if c.task != "classes":
-        raise InvalidValue(
-            f"{op}: the engine gives the class of an image, task='classes'; got task={c.task!r}"
-        )
     limit = None if c.merge_threshold is None else math.copysign(
         c.merge_threshold**2, c.merge_threshold
     )  # fmt: skip
     config = {
-        "image_size": c.image_size, "in_channels": c.in_channels, "num_classes": c.num_classes,
+        "image_size": c.image_size, "in_channels": c.in_channels, "outputs": c.outputs,
+        "pixels": c.task == "pixels",
         "embed_dim": c.embed_dim, "depth": c.depth, "num_heads": c.num_heads,
         "hidden": int(c.embed_dim * c.mlp_ratio),
         "pooled": [name in pooled(c) for name in STEM[:4]],
@@ -439,7 +434,7 @@ def freeze(model: ATSpikformer) -> Engine:
             layers[name] = _layer(*parts)
         blocks.append({**layers, "attn": _neuron(attn.attn_lif)})
     head = {
-        "weight": model.head.weight.detach().double().numpy(),
+        "weight": model.head.weight.detach().double().T.contiguous().numpy(),
         "bias": fold(model.head, None)[1].numpy(),
     }
     halting = model.halting

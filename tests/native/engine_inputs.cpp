@@ -96,7 +96,7 @@ NetworkConfig random_config(Random& random) {
   c.depth = random.between(1, 4);
   c.T = random.between(1, 4);
   c.in_channels = random.between(1, 3);
-  c.num_classes = random.between(1, 10);
+  c.outputs = random.between(1, 10);
   c.pooled = random.pick<std::array<bool, 4>>(
       {{}, {false, false, true, true}, {true, false, false, true}, {true, true, true, true}});
   const int64_t halvings = std::count(c.pooled.begin(), c.pooled.end(), true);
@@ -117,6 +117,7 @@ NetworkConfig random_config(Random& random) {
                            Accumulator::depth, Accumulator::depth, Accumulator::sequential,
                            Accumulator::sequential});
   c.mean_field = random.chance(0.6);
+  c.pixels = random.chance(0.3);
   c.score = random.pick({Score::first, Score::mean, Score::linear, Score::constant});
   c.eps = random.pick({0.01, 0.1, 0.5});
   c.merge_r.assign(c.depth - 1, 0);
@@ -167,10 +168,10 @@ Network random_network(Random& random, const NetworkConfig& c) {
     b.fc2 = layer(C, c.hidden);
     net.block.push_back(std::move(b));
   }
-  for (int64_t i = 0; i < c.num_classes * C; ++i) {
+  for (int64_t i = 0; i < c.outputs * C; ++i) {
     net.head_weight.push_back(random.between(-32, 32) * 0x1p-6);
   }
-  for (int64_t i = 0; i < c.num_classes; ++i) net.head_bias.push_back(random.uniform(-1, 1));
+  for (int64_t i = 0; i < c.outputs; ++i) net.head_bias.push_back(random.uniform(-1, 1));
   for (int64_t i = 0; i < (c.score == Score::linear ? C : 1); ++i) {
     net.score_weight.push_back(random.uniform(-1, 1) *
                                (c.score == Score::linear ? 2 / std::sqrt(C) : 1));
@@ -196,6 +197,7 @@ std::string shown(const NetworkConfig& c) {
   add("halting", int(c.halting));
   add("mean_field", int(c.mean_field));
   add("score", int(c.score));
+  add("pixels", int(c.pixels));
   add("merging", int(c.merging));
   if (c.merge_threshold) add("merge_threshold", *c.merge_threshold);
   return text;

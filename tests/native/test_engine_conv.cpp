@@ -28,6 +28,23 @@ Window random_window(Random& random, int64_t height, int64_t width, const Window
   return w;
 }
 
+// Which pixels of the input some of the output read.
+void check_read(Random& random, const Window& window, int64_t height, int64_t width) {
+  const int64_t h = window.height(height), w = window.width(width);
+  Array<uint8_t> wanted(h * w);
+  const double share = random.pick({0.0, 0.05, 0.5, 1.0});
+  std::vector<uint8_t> want(height * width);
+  for (int64_t i = 0; i < h * w; ++i) {
+    wanted[i] = random.chance(share);
+    each_pixel(window, i / w, i % w, height, width, [&](int64_t ny, int64_t nx, int64_t) {
+      if (wanted[i]) want[ny * width + nx] = 1;
+    });
+  }
+  Array<uint8_t> read(want.size());
+  mark_read(wanted.data(), window, height, width, read.data());
+  CHECK_SAME(read, want);
+}
+
 void check_pool(Random& random, uint64_t seed, int64_t maps, int64_t height, int64_t width) {
   const Window window = random_window(random, height, width, halving);
   const int64_t h = window.height(height), w = window.width(width);
@@ -35,7 +52,10 @@ void check_pool(Random& random, uint64_t seed, int64_t maps, int64_t height, int
   const auto bits =
       random_bits(random, maps * height * width, channels, random_rate(random), stride);
   std::vector<uint64_t> want(maps * h * w * stride);
+  Array<uint8_t> wanted(random.chance(0.5) ? maps * h * w : 0);
+  for (int64_t i = 0; i < wanted.size(); ++i) wanted[i] = random.chance(0.3);
   for (int64_t i = 0; i < maps * h * w; ++i) {
+    if (wanted.size() && !wanted[i]) continue;
     const int64_t map = i / (h * w), y = i / w % h, x = i % w;
     each_pixel(window, y, x, height, width, [&](int64_t ny, int64_t nx, int64_t) {
       for (int64_t j = 0; j < stride; ++j) {
@@ -45,8 +65,10 @@ void check_pool(Random& random, uint64_t seed, int64_t maps, int64_t height, int
   }
   describe("pool_bits, seed " + std::to_string(seed));
   Array<uint64_t> out(want.size());
-  pool_bits(bits.data(), maps, height, width, stride, window, out.data(), 1);
+  pool_bits(bits.data(), maps, height, width, stride, window, out.data(), 1,
+            wanted.size() ? wanted.data() : nullptr);
   CHECK_SAME(out, want);
+  check_read(random, window, height, width);
 }
 
 }  // namespace
@@ -56,7 +78,7 @@ void check_conv(uint64_t seed) {
   const int64_t T = random.between(0, 4), B = random.between(0, 3);
   const bool floats = random.chance(0.3), still = floats && random.chance(0.5);
   const bool counted_input = !floats && random.chance(0.4);
-  const bool pool = random.chance(0.4);
+  const bool pool = random.chance(0.4), some = random.chance(0.4);
   int64_t height, width, channels, outputs;
   do {
     height = random.pick<int64_t>({1, 2, 3, 4, 5, 7, 13, 20});
@@ -89,6 +111,19 @@ void check_conv(uint64_t seed) {
   const Map map(random, outputs, window.taps() * channels);
   const NeuronParams p = random_neuron(random);
   const auto start = random_state(random, random.chance(0.5), B * h * w * outputs);
+  // The pixels whose neurons run, and those of the sums that they read.
+  Array<uint8_t> wanted(some ? B * h * w : 0);
+  const double share = random.pick({0.0, 0.05, 0.5, 1.0});
+  for (int64_t i = 0; i < wanted.size(); ++i) wanted[i] = random.chance(share);
+  std::vector<uint8_t> read(B * places, !some);
+  for (int64_t i = 0; i < wanted.size(); ++i) {
+    if (!wanted[i]) continue;
+    const int64_t b = i / (h * w), y = i / w % h, x = i % w;
+    if (!pool) read[i] = 1;
+    each_pixel(halving, y, x, full_h, full_w, [&](int64_t ny, int64_t nx, int64_t) {
+      if (pool) read[b * places + ny * full_w + nx] = 1;
+    });
+  }
 
   const auto input = [&](int64_t t, int64_t b, int64_t c, int64_t y, int64_t x) -> float {
     const int64_t pixel = ((t * B + b) * height + y) * width + x;
@@ -107,7 +142,9 @@ void check_conv(uint64_t seed) {
         map.add(tap * channels + c, input(t, b, c, ny, nx), sum);
       }
     });
-    for (int64_t c = 0; same && c < channels; ++c) counted.input += input(t, b, c, y, x);
+    for (int64_t c = 0; same && read[b * places + y * full_w + x] && c < channels; ++c) {
+      counted.input += input(t, b, c, y, x);
+    }
   }
   const int64_t W = words(outputs);
   std::vector<uint64_t> want(T * B * h * w * W);
@@ -115,6 +152,7 @@ void check_conv(uint64_t seed) {
       start.size() ? copied(start) : std::vector<float>(B * h * w * outputs, float(p.v_reset));
   for (int64_t i = 0; i < T * B * h * w; ++i) {
     const int64_t t = still ? 0 : i / (B * h * w), b = i / (h * w) % B, y = i / w % h, x = i % w;
+    if (some && !wanted[i % (B * h * w)]) continue;
     const float* image = sums.data() + (t * B + b) * places * outputs;
     for (int64_t o = 0; o < outputs; ++o) {
       float sum =
@@ -137,10 +175,10 @@ void check_conv(uint64_t seed) {
       (floats          ? still ? ", still" : ", floats"
        : counted_input ? ", counts"
                        : ", bits") +
-      (pool ? ", pooled" : "") + ", window " + std::to_string(window.kernel_y) + " x " +
-      std::to_string(window.kernel_x) + " / " + std::to_string(window.stride_y) + " " +
-      std::to_string(window.stride_x) + " + " + std::to_string(window.pad_y) + " " +
-      std::to_string(window.pad_x);
+      (pool ? ", pooled" : "") + (some ? ", some pixels" : "") + ", window " +
+      std::to_string(window.kernel_y) + " x " + std::to_string(window.kernel_x) + " / " +
+      std::to_string(window.stride_y) + " " + std::to_string(window.stride_x) + " + " +
+      std::to_string(window.pad_y) + " " + std::to_string(window.pad_x);
   each_kernels("conv", seed, name, [&](const Kernels& k) {
     std::vector<ChunkScratch> threads(random.pick({1, 1, 2, 5}));
     ConvLif a{floats ? images.data() : nullptr,
@@ -162,6 +200,7 @@ void check_conv(uint64_t seed) {
     Array<float> state(copied(start));
     a.out = out.data();
     a.state = state.data();
+    if (some) a.wanted = wanted.data();
     const Counted got = run_conv_lif(a, k, threads);
     CHECK_SAME(out, want);
     CHECK_SAME(state, v);
@@ -171,7 +210,7 @@ void check_conv(uint64_t seed) {
     CHECK(got.spikes[0] == counted.spikes[0]);
 
     // The sums themselves.
-    if (!pool && !still) {
+    if (!pool && !still && !some) {
       Array<float> plain(sums.size());
       std::vector<float> want_sums(sums.size());
       for (size_t i = 0; i < sums.size(); ++i) {

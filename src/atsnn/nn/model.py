@@ -275,10 +275,7 @@ class ATSpikformer(
         c = self.config
         if c.task == "classes":
             return self.head(readout(features, max(T * N, 1)))
-        # Each token gives the classes of its patch's pixels.
-        tokens = self.head(readout(features, max(T, 1))).transpose(1, 2)
-        maps = tokens.unflatten(2, (c.grid, c.grid))
-        return nn.functional.pixel_shuffle(maps, c.patch)
+        return maps_of_tokens(c, self.head(readout(features, max(T, 1))))
 
     def _check_padded(self, x: Tensor, return_trace: bool) -> None:
         op = "ATSpikformer"
@@ -301,6 +298,15 @@ class ATSpikformer(
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
         """Scores ``[R]`` of the active cells after block ``number``."""
         return None if self.halting is None else run.rows(self.halting(run.x))
+
+
+def maps_of_tokens(config: SpikformerConfig, tokens: Tensor) -> Tensor:
+    """Logits ``[B, num_classes, H, W]`` from those of the pixels of each token's patch.
+
+    ``tokens [B, N, num_classes * patch**2]``.
+    """
+    maps = tokens.transpose(1, 2).unflatten(2, (config.grid, config.grid))
+    return nn.functional.pixel_shuffle(maps, config.patch)
 
 
 def check_images(op: str, config: SpikformerConfig, x: Tensor) -> None:
