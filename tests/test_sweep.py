@@ -10,6 +10,7 @@ import torch
 
 import atsnn
 from atsnn import cli, data
+from atsnn.bench.subject import with_changes
 from atsnn.checks import InvalidValue
 from atsnn.cost import cost
 from atsnn.schedule import directed
@@ -17,6 +18,7 @@ from atsnn.sweep import Point, checkpoint_grid, sweep, table, training_grid
 from atsnn.sweep.command import _separated
 from atsnn.sweep.measure import counted, timed
 from atsnn.sweep.output import draw, summaries
+from atsnn.testing import exact_model
 from atsnn.train import TrainConfig, evaluate
 from atsnn.train.settings import parse, value_of, with_settings
 
@@ -111,16 +113,47 @@ def test_what_is_counted_and_timed():
     model = atsnn.from_pretrained("digits")
     split = data.load("digits", 32)["test"][:20]
     row = counted(model, split)
-    found = cost(model, split.images)
+    found = atsnn.freeze(model).trace(split.images).cost
+    whole = atsnn.freeze(model.without_halting()).trace(split.images).cost
     assert row["flops"] == pytest.approx(found.flops.total / 20)
-    assert row["flops_share"] == pytest.approx(found.flops.total / found.dense.flops.total)
-    assert row["sops_share"] == pytest.approx(found.sops.total / found.dense.sops.total)
+    assert row["flops_share"] == pytest.approx(found.flops.total / whole.flops.total)
+    assert row["sops_share"] == pytest.approx(found.sops.total / whole.sops.total)
     assert row["energy_uj"] == pytest.approx(found.energy_pj.total / 20 / 1e6)
     assert row["energy_share"] < 1 and row["images"] == 20
     rule = directed(atsnn.from_pretrained("digits"), "static:4,2,1,1")
     latency = timed({"own": model, "rule": rule}, split.images, (1, 8), rounds=1)
     assert latency.keys() == {"own", "rule"}
     assert all(set(row) == {"1", "8"} and min(row.values()) > 0 for row in latency.values())
+
+
+def test_what_is_counted_is_what_the_engine_computes():
+    """Of a sequential model the stem around the tokens that go on, which modules cannot leave out.
+
+    Exact weights: the engine and the modules run the same cells.
+    """
+    config = atsnn.SpikformerConfig(
+        image_size=32, in_channels=1, num_classes=11, embed_dim=16, num_heads=2, depth=2, T=4,
+        halting="sequential", task="pixels",
+    )  # fmt: skip
+    model = exact_model(config, 3)
+    images = (torch.rand(6, 1, 32, 32) * 255).to(torch.uint8)
+    maps = torch.zeros(6, 32, 32, dtype=torch.int64)
+    row = counted(model, data.Split(images, torch.zeros(6, dtype=torch.int64), maps))
+    images = images / 255.0
+    engine, modules = atsnn.freeze(model).trace(images), cost(model, images)
+    assert row["flops"] == engine.cost.flops.total / 6 < modules.flops.total / 6
+    assert row["flops_share"] == engine.cost.flops.total / modules.dense.flops.total
+    assert engine.cost.flops.attention == pytest.approx(modules.flops.attention, rel=0.01)
+
+
+def test_what_the_engine_does_not_take_is_not_timed_beside_it():
+    ours = atsnn.from_pretrained("digits")
+    at_random = with_changes(atsnn.from_pretrained("digits"), merge_r=4, merge_match="random")
+    images = data.load("digits", 32)["test"][:4].images
+    latency = timed({"ours": ours, "random": at_random}, images, (2,), rounds=1)
+    assert latency["ours"]["2"] > 0 and latency["random"] == {}
+    alone = timed({"random": at_random}, images, (2,), rounds=1)
+    assert alone["random"]["2"] > 0, "the modules are what there is"
 
 
 def test_a_rule_is_timed_with_its_own_cells():

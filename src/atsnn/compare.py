@@ -33,7 +33,7 @@ class Difference:
     cells : int
         Cells executed in one and not in the other.
     classes : int
-        Images put in another class.
+        Images, or pixels where they are classified, put in another class.
     logits : float
         Largest difference of a logit.
     names : tuple of str

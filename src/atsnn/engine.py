@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import (
+    AtsnnError,
     BackendError,
     InvalidType,
     InvalidValue,
@@ -36,7 +37,7 @@ from .nn.stem import SpikingPatchSplitting
 from .nn.trace import Trace
 from .ops.library import native, native_missing
 
-__all__ = ["Engine", "EngineState", "EngineTrace", "freeze", "levels"]
+__all__ = ["Engine", "EngineState", "EngineTrace", "engine_of", "freeze", "levels"]
 
 # The residual stream is bytes: two spikes from the stem and two from each block.
 MOST_BLOCKS = 126
@@ -445,6 +446,14 @@ def freeze(model: ATSpikformer) -> Engine:
     return Engine(
         c, extension.Engine(config, conv, blocks, head, {"weight": weight.numpy(), "bias": bias})
     )
+
+
+def engine_of(model: ATSpikformer) -> Engine | str:
+    """The model's engine, or why it has none."""
+    try:
+        return freeze(model)
+    except AtsnnError as error:
+        return f"no engine: {error}"
 
 
 KNOWN: list[type[nn.Module]] = [

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..checks import AtsnnError
 from ..compare import compare_engine, compare_executions
-from ..engine import Engine, freeze
+from ..engine import engine_of
 from ..nn.model import ATSpikformer
 from ..ops import available_backends, use_backend
 
-__all__ = ["GateFailed", "check_gate", "engine_of"]
+__all__ = ["GateFailed", "check_gate"]
 
 
 class GateFailed(AtsnnError, AssertionError):
@@ -54,11 +54,3 @@ def check_gate(model: ATSpikformer, images: Tensor) -> list[str]:
         f"native = reference bit for bit on {len(images)} images (logits, scores, depths)",
         *found,
     ]
-
-
-def engine_of(model: ATSpikformer) -> Engine | str:
-    """The model's engine, or why it has none."""
-    try:
-        return freeze(model)
-    except AtsnnError as error:
-        return f"no engine: {error}"

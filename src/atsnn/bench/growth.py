@@ -19,10 +19,9 @@ from torch import Tensor
 
 from .. import functional as F
 from ..checks import BackendError, InvalidValue, check_choice
-from ..engine import Engine
+from ..engine import Engine, engine_of
 from ..measure import machine
 from ..nn.config import SpikformerConfig
-from .gate import engine_of
 from .halting import Pattern, Pieces, read_clocks
 from .subject import RATES, of_config
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..checks import InvalidValue
 from ..cost import Cost, cost
-from ..engine import Engine, EngineTrace
+from ..engine import Engine, EngineTrace, engine_of
 from ..measure import Timing, interleaved, realized_fraction
 from ..nn.model import ATSpikformer
 from ..ops import use_backend
 from ..schedule import scheduled, synthetic_depths, synthetic_scores
-from .gate import engine_of
 from .subject import Subject
 
 __all__ = ["BACKENDS", "OWN", "Pattern", "Pieces", "measure_batch", "patterns_of", "read_clocks"]

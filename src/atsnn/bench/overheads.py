@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..checks import BackendError, InvalidValue, check_integer
-from ..engine import PIECES, Engine
+from ..engine import PIECES, Engine, engine_of
 from ..measure import machine
-from .gate import check_gate, engine_of
+from .gate import check_gate
 from .halting import Pattern, Pieces, measure_batch, read_clocks
 from .subject import Subject, resized, with_changes
 
