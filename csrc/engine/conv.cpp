@@ -48,6 +48,46 @@ struct Strip {
   }
 };
 
+// What a pixel of the output reads: pixels of the input, -1 where there is none.
+struct Taps {
+  int64_t pixel[most_taps], centre;
+};
+
+// Calls f(taps) for the wanted pixels of a strip, in order; pixels of the input are counted from
+// row `above` on.
+template <class F>
+void each_window(const ConvLif& a, Strip strip, int64_t above, F f) {
+  const Window& w = a.window;
+  const int64_t taps = w.taps(), width = w.width(a.width);
+  int64_t dy[most_taps], dx[most_taps], offset[most_taps];
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    dy[tap] = tap / w.kernel_x;
+    dx[tap] = tap % w.kernel_x;
+    offset[tap] = dy[tap] * a.width + dx[tap];
+  }
+  const int64_t centre = w.pad_y * w.kernel_x + w.pad_x;
+  Taps at;
+  for (int64_t y = strip.top; y < strip.bottom; ++y) {
+    const int64_t top = y * w.stride_y - w.pad_y;
+    const bool rows_inside = top >= 0 && top + w.kernel_y <= a.height;
+    for (int64_t x = 0; x < width; ++x) {
+      if (!strip.wants(y * width + x)) continue;
+      const int64_t left = x * w.stride_x - w.pad_x, first = (top - above) * a.width + left;
+      if (rows_inside && left >= 0 && left + w.kernel_x <= a.width) {
+        for (int64_t tap = 0; tap < taps; ++tap) at.pixel[tap] = first + offset[tap];
+      } else {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t ny = top + dy[tap], nx = left + dx[tap];
+          const bool inside = ny >= 0 && ny < a.height && nx >= 0 && nx < a.width;
+          at.pixel[tap] = inside ? first + offset[tap] : -1;
+        }
+      }
+      at.centre = centre < taps ? at.pixel[centre] : -1;
+      f(at);
+    }
+  }
+}
+
 // Lists the inputs of the pixels of a strip at timesteps [begin, end), pixel by pixel: of bits or
 // of counts.
 class SpikeListing {
@@ -77,31 +117,22 @@ class SpikeListing {
 
   // Returns the number of spikes in the strip, where output and input are of one size.
   double list(const Tiling& tile, ChunkScratch& s, Lists& lists) {
+    parts_ = tile.parts(a_.channels);
+    const int64_t taps = a_.window.taps();
+    // Bits of narrow maps make a row of inputs side by side.
+    if (!a_.counts && a_.channels <= word_bits && tile.taps_a_tile == taps) {
+      return taps == Window{}.taps() ? list_rows<Window{}.taps()>(lists) : list_rows<0>(lists);
+    }
     find(tile, s);
     double input = 0;
-    const Window& w = a_.window;
-    const int64_t centre = w.pad_y * w.kernel_x + w.pad_x, width = w.width(a_.width);
-    for (int64_t y = strip_.top; y < strip_.bottom; ++y) {
-      for (int64_t x = 0; x < width; ++x) {
-        if (!strip_.wants(y * width + x)) continue;
-        // Whether each neighbour is inside, and where its spikes are listed.
-        int64_t at[most_taps];
-        for (int64_t tap = 0; tap < w.taps(); ++tap) {
-          const int64_t ny = y * w.stride_y - w.pad_y + tap / w.kernel_x;
-          const int64_t nx = x * w.stride_x - w.pad_x + tap % w.kernel_x;
-          const bool inside = ny >= 0 && ny < a_.height && nx >= 0 && nx < a_.width;
-          at[tap] = inside ? ((ny - above_) * a_.width + nx) * parts_ : -1;
-        }
-        for (int64_t t = 0; t < steps_; ++t) {
-          const uint32_t* found = s.found.data() + t * around_ * parts_;
-          if (centre < w.taps() && at[centre] >= 0) {
-            input += found[at[centre] + parts_] - found[at[centre]];
-          }
-          parts_ == 1 ? list_taps(found, at, tile.taps_a_tile, s, lists)
-                      : list_parts(found, at, s, lists);
-        }
+    each_window(a_, strip_, above_, [&](const Taps& at) {
+      for (int64_t t = 0; t < steps_; ++t) {
+        const uint32_t* found = s.found.data() + t * around_ * parts_;
+        if (at.centre >= 0) input += found[(at.centre + 1) * parts_] - found[at.centre * parts_];
+        parts_ == 1 ? list_taps(found, at, tile.taps_a_tile, s, lists)
+                    : list_parts(found, at, s, lists);
       }
-    }
+    });
     return input;
   }
 
@@ -124,9 +155,47 @@ class SpikeListing {
     return a_.counts + place(t, pixel) * a_.channels;
   }
 
+  // Bits of the pixels of a window side by side, which are the inputs in their order. `known`: so
+  // many taps, or 0.
+  template <int64_t known>
+  double list_rows(Lists& lists) const {
+    const int64_t taps = known ? known : a_.window.taps(), channels = a_.channels;
+    const int64_t n = words(taps * channels);
+    int64_t word_of[most_taps], shift[most_taps];
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      word_of[tap] = tap * channels / word_bits;
+      shift[tap] = tap * channels % word_bits;
+    }
+    int64_t input = 0;
+    each_window(a_, strip_, above_, [&](const Taps& at) {
+      for (int64_t t = 0; t < steps_; ++t) {
+        const uint64_t* frame = word(t, 0);
+        uint64_t row[most_taps + 1];
+        if (n == 1) {
+          uint64_t all = 0;
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            if (at.pixel[tap] >= 0) all |= frame[at.pixel[tap]] << shift[tap];
+          }
+          row[0] = all;
+        } else {
+          std::fill_n(row, n + 1, uint64_t(0));
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            if (at.pixel[tap] < 0) continue;
+            const uint64_t bits = frame[at.pixel[tap]];
+            row[word_of[tap]] |= bits << shift[tap];
+            row[word_of[tap] + 1] |= bits >> 1 >> (word_bits - 1 - shift[tap]);
+          }
+        }
+        if (at.centre >= 0) input += count_bits(frame[at.centre]);
+        lists.add_bits(k_, row, n, 0);
+        lists.end_tile();
+      }
+    });
+    return static_cast<double>(input);
+  }
+
   // The spikes of each pixel, once; a pixel is a neighbour of many.
   void find(const Tiling& tile, ChunkScratch& s) {
-    parts_ = tile.parts(a_.channels);
     uint32_t* found = s.found.data();
     int64_t n = 0;
     for (int64_t t = 0; t < steps_; ++t) {
@@ -151,11 +220,11 @@ class SpikeListing {
               : lists.append(part, n, shift);
   }
 
-  void list_taps(const uint32_t* found, const int64_t* at, int64_t taps_a_tile,
-                 const ChunkScratch& s, Lists& lists) const {
+  void list_taps(const uint32_t* found, const Taps& at, int64_t taps_a_tile, const ChunkScratch& s,
+                 Lists& lists) const {
     int64_t left = taps_a_tile;
     for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
-      if (at[tap] >= 0) append(found + at[tap], tap, s, lists);
+      if (at.pixel[tap] >= 0) append(found + at.pixel[tap], tap, s, lists);
       if (--left == 0) {
         lists.end_tile();
         left = taps_a_tile;
@@ -163,11 +232,11 @@ class SpikeListing {
     }
   }
 
-  void list_parts(const uint32_t* found, const int64_t* at, const ChunkScratch& s,
+  void list_parts(const uint32_t* found, const Taps& at, const ChunkScratch& s,
                   Lists& lists) const {
     for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
       for (int64_t i = 0; i < parts_; ++i) {
-        if (at[tap] >= 0) append(found + at[tap] + i, tap, s, lists);
+        if (at.pixel[tap] >= 0) append(found + at.pixel[tap] * parts_ + i, tap, s, lists);
         lists.end_tile();
       }
     }
@@ -184,29 +253,23 @@ class SpikeListing {
 double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begin, int64_t end,
                    float* patch, Lists& lists) {
   double input = 0;
-  const Window& w = a.window;
-  const int64_t taps = w.taps(), centre = w.pad_y * w.kernel_x + w.pad_x;
-  const int64_t width = w.width(a.width);
-  for (int64_t y = strip.top; y < strip.bottom; ++y) {
-    for (int64_t x = 0; x < width; ++x) {
-      if (!strip.wants(y * width + x)) continue;
-      for (int64_t t = begin; t < end; ++t) {
-        const float* image = a.images + (t * a.B + strip.image) * a.channels * a.height * a.width;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t ny = y * w.stride_y - w.pad_y + tap / w.kernel_x;
-          const int64_t nx = x * w.stride_x - w.pad_x + tap % w.kernel_x;
-          const bool inside = ny >= 0 && ny < a.height && nx >= 0 && nx < a.width;
-          for (int64_t c = 0; c < a.channels; ++c) {
-            const float value = inside ? image[(c * a.height + ny) * a.width + nx] : 0.0f;
-            patch[tap * a.channels + c] = value;
-            if (tap == centre) input += value;
-          }
+  const int64_t taps = a.window.taps(), pixels = a.height * a.width;
+  each_window(a, strip, 0, [&](const Taps& at) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* image = a.images + (t * a.B + strip.image) * a.channels * pixels;
+      float* to = patch;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t c = 0; c < a.channels; ++c) {
+          *to++ = at.pixel[tap] < 0 ? 0.0f : image[c * pixels + at.pixel[tap]];
         }
-        lists.add_floats(k, patch, taps * a.channels, 0);
-        lists.end_tile();
       }
+      for (int64_t c = 0; at.centre >= 0 && c < a.channels; ++c) {
+        input += image[c * pixels + at.centre];
+      }
+      lists.add_floats(k, patch, taps * a.channels, 0);
+      lists.end_tile();
     }
-  }
+  });
   return input;
 }
 

@@ -50,7 +50,9 @@ void add_panel(const AddRows& a) {
   for (int part = 0; part < panel_vectors; part += together) {
     const int64_t left = a.outputs - part * width;
     if (left <= 0) return;
-    if (left <= together / 2 * width) {
+    if (left <= together / 4 * width) {
+      add_vectors<weighted, together / 4>(a, part);
+    } else if (left <= together / 2 * width) {
       add_vectors<weighted, together / 2>(a, part);
     } else {
       add_vectors<weighted, together>(a, part);
@@ -187,39 +189,39 @@ ATSNN_INLINE uint64_t step_neurons(vec<float>* v, const float* x, const Constant
 #endif
 }
 
-// Neurons of the vectors `part` .. `part` + together of a panel.
-template <Charge kind, bool multiply, bool hard>
+// Neurons of the vectors `part` .. `part` + n of a panel.
+template <Charge kind, bool multiply, bool hard, int n>
 int64_t fire_part(const Fire& a, const Constants<float>& settings, int part) {
   const Constants<float> c = settings;  // a copy, which the stores below cannot alias
   constexpr int64_t width = Simd<float>::width;
   const uint64_t valid = a.valid >> (part * width);
-  const int64_t channels = std::min<int64_t>(count_bits(valid), together * width);
-  const bool whole = channels == together * width;
+  const int64_t channels = std::min<int64_t>(count_bits(valid), n * width);
+  const bool whole = channels == n * width;
   int64_t spikes = 0;
   for (int64_t col = 0; col < a.columns; ++col) {
     float* const state = a.state ? a.state[col] + a.state_offset + part * width : nullptr;
-    vec<float> v[together];
+    vec<float> v[n];
     if (state && whole) {
-      for (int i = 0; i < together; ++i) v[i] = load(state + i * width);
+      for (int i = 0; i < n; ++i) v[i] = load(state + i * width);
     } else if (state) {
-      float room[together * width] = {};
+      float room[n * width] = {};
       std::memcpy(room, state, channels * sizeof(float));
-      for (int i = 0; i < together; ++i) v[i] = load(room + i * width);
+      for (int i = 0; i < n; ++i) v[i] = load(room + i * width);
     } else {
-      for (int i = 0; i < together; ++i) v[i] = vec<float>{} + c.v_reset;
+      for (int i = 0; i < n; ++i) v[i] = vec<float>{} + c.v_reset;
     }
     for (int32_t step = a.first[col]; step < a.first[col + 1]; ++step) {
       const float* x = a.acc + (a.still ? col : step) * panel + part * width;
-      const uint64_t word = step_neurons<kind, multiply, hard, together>(v, x, c) & valid;
+      const uint64_t word = step_neurons<kind, multiply, hard, n>(v, x, c) & valid;
       uint64_t& out = a.spikes[int64_t(a.row[step]) * a.stride];
       out = part == 0 ? word : out | word << (part * width);
       spikes += count_bits(word);
     }
     if (state && whole) {
-      for (int i = 0; i < together; ++i) store(state + i * width, v[i]);
+      for (int i = 0; i < n; ++i) store(state + i * width, v[i]);
     } else if (state) {
-      float room[together * width];
-      for (int i = 0; i < together; ++i) store(room + i * width, v[i]);
+      float room[n * width];
+      for (int i = 0; i < n; ++i) store(room + i * width, v[i]);
       std::memcpy(state, room, channels * sizeof(float));
     }
   }
@@ -231,8 +233,15 @@ int64_t fire_columns(const Fire& a, const NeuronParams& p) {
   const Constants<float> c(p);
   int64_t spikes = 0;
   for (int part = 0; part < panel_vectors; part += together) {
-    if (part == 0 || a.valid >> (part * Simd<float>::width)) {
-      spikes += fire_part<kind, multiply, hard>(a, c, part);
+    const int64_t left = count_bits(a.valid >> (part * Simd<float>::width));
+    if (part > 0 && left == 0) break;
+    // Narrow maps are a vector or two wide.
+    if (left <= together / 4 * Simd<float>::width) {
+      spikes += fire_part<kind, multiply, hard, together / 4>(a, c, part);
+    } else if (left <= together / 2 * Simd<float>::width) {
+      spikes += fire_part<kind, multiply, hard, together / 2>(a, c, part);
+    } else {
+      spikes += fire_part<kind, multiply, hard, together>(a, c, part);
     }
   }
   return spikes;
