@@ -35,59 +35,6 @@ Tiling tiling(double rate, const Window& window, int64_t channels) {
   return whole_taps(1, channels);
 }
 
-// A piece of one image: rows of pixels of the output, and which of the image's pixels are wanted.
-struct Strip {
-  int64_t image, top, bottom;
-  const uint8_t* wanted;  // null: all
-
-  bool wants(int64_t pixel) const { return !wanted || wanted[pixel]; }
-  int64_t pixels(int64_t width) const {
-    if (!wanted) return (bottom - top) * width;
-    return std::count_if(wanted + top * width, wanted + bottom * width,
-                         [](uint8_t pixel) { return pixel != 0; });
-  }
-};
-
-// What a pixel of the output reads: pixels of the input, -1 where there is none.
-struct Taps {
-  int64_t pixel[most_taps], centre;
-};
-
-// Calls f(taps) for the wanted pixels of a strip, in order; pixels of the input are counted from
-// row `above` on.
-template <class F>
-void each_window(const ConvLif& a, Strip strip, int64_t above, F f) {
-  const Window& w = a.window;
-  const int64_t taps = w.taps(), width = w.width(a.width);
-  int64_t dy[most_taps], dx[most_taps], offset[most_taps];
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    dy[tap] = tap / w.kernel_x;
-    dx[tap] = tap % w.kernel_x;
-    offset[tap] = dy[tap] * a.width + dx[tap];
-  }
-  const int64_t centre = w.pad_y * w.kernel_x + w.pad_x;
-  Taps at;
-  for (int64_t y = strip.top; y < strip.bottom; ++y) {
-    const int64_t top = y * w.stride_y - w.pad_y;
-    const bool rows_inside = top >= 0 && top + w.kernel_y <= a.height;
-    for (int64_t x = 0; x < width; ++x) {
-      if (!strip.wants(y * width + x)) continue;
-      const int64_t left = x * w.stride_x - w.pad_x, first = (top - above) * a.width + left;
-      if (rows_inside && left >= 0 && left + w.kernel_x <= a.width) {
-        for (int64_t tap = 0; tap < taps; ++tap) at.pixel[tap] = first + offset[tap];
-      } else {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t ny = top + dy[tap], nx = left + dx[tap];
-          const bool inside = ny >= 0 && ny < a.height && nx >= 0 && nx < a.width;
-          at.pixel[tap] = inside ? first + offset[tap] : -1;
-        }
-      }
-      at.centre = centre < taps ? at.pixel[centre] : -1;
-      f(at);
-    }
-  }
-}
-
 // Lists the inputs of the pixels of a strip at timesteps [begin, end), pixel by pixel: of bits or
 // of counts.
 class SpikeListing {
@@ -118,14 +65,9 @@ class SpikeListing {
   // Returns the number of spikes in the strip, where output and input are of one size.
   double list(const Tiling& tile, ChunkScratch& s, Lists& lists) {
     parts_ = tile.parts(a_.channels);
-    const int64_t taps = a_.window.taps();
-    // Bits of narrow maps make a row of inputs side by side.
-    if (!a_.counts && a_.channels <= word_bits && tile.taps_a_tile == taps) {
-      return taps == Window{}.taps() ? list_rows<Window{}.taps()>(lists) : list_rows<0>(lists);
-    }
     find(tile, s);
     double input = 0;
-    each_window(a_, strip_, above_, [&](const Taps& at) {
+    each_window(a_.window, a_.height, a_.width, strip_, above_, [&](int64_t, const Taps& at) {
       for (int64_t t = 0; t < steps_; ++t) {
         const uint32_t* found = s.found.data() + t * around_ * parts_;
         if (at.centre >= 0) input += found[(at.centre + 1) * parts_] - found[at.centre * parts_];
@@ -153,45 +95,6 @@ class SpikeListing {
   }
   const uint8_t* count(int64_t t, int64_t pixel) const {
     return a_.counts + place(t, pixel) * a_.channels;
-  }
-
-  // Bits of the pixels of a window side by side, which are the inputs in their order. `known`: so
-  // many taps, or 0.
-  template <int64_t known>
-  double list_rows(Lists& lists) const {
-    const int64_t taps = known ? known : a_.window.taps(), channels = a_.channels;
-    const int64_t n = words(taps * channels);
-    int64_t word_of[most_taps], shift[most_taps];
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      word_of[tap] = tap * channels / word_bits;
-      shift[tap] = tap * channels % word_bits;
-    }
-    int64_t input = 0;
-    each_window(a_, strip_, above_, [&](const Taps& at) {
-      for (int64_t t = 0; t < steps_; ++t) {
-        const uint64_t* frame = word(t, 0);
-        uint64_t row[most_taps + 1];
-        if (n == 1) {
-          uint64_t all = 0;
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            if (at.pixel[tap] >= 0) all |= frame[at.pixel[tap]] << shift[tap];
-          }
-          row[0] = all;
-        } else {
-          std::fill_n(row, n + 1, uint64_t(0));
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            if (at.pixel[tap] < 0) continue;
-            const uint64_t bits = frame[at.pixel[tap]];
-            row[word_of[tap]] |= bits << shift[tap];
-            row[word_of[tap] + 1] |= bits >> 1 >> (word_bits - 1 - shift[tap]);
-          }
-        }
-        if (at.centre >= 0) input += count_bits(frame[at.centre]);
-        lists.add_bits(k_, row, n, 0);
-        lists.end_tile();
-      }
-    });
-    return static_cast<double>(input);
   }
 
   // The spikes of each pixel, once; a pixel is a neighbour of many.
@@ -254,7 +157,7 @@ double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begi
                    float* patch, Lists& lists) {
   double input = 0;
   const int64_t taps = a.window.taps(), pixels = a.height * a.width;
-  each_window(a, strip, 0, [&](const Taps& at) {
+  each_window(a.window, a.height, a.width, strip, 0, [&](int64_t, const Taps& at) {
     for (int64_t t = begin; t < end; ++t) {
       const float* image = a.images + (t * a.B + strip.image) * a.channels * pixels;
       float* to = patch;
@@ -413,6 +316,35 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
   if (begin > 0) s.counted.input = input;  // counted once
 }
 
+// Maps a word wide, to one panel of outputs whose weights stay in the second cache. With more
+// panels lists serve all of them.
+bool is_narrow(const ConvLif& a) {
+  return a.bits && !a.images && !a.counts && !a.sums && a.channels <= word_bits &&
+         a.map->panels() == 1 && a.window.taps() * a.channels <= few_inputs;
+}
+
+void run_narrow(const ConvLif& a, const Kernels& k, Strip strip, int64_t pixels, ChunkScratch& s) {
+  const PackedLinear& map = *a.map;
+  NarrowConv conv{};
+  conv.bits = a.bits + strip.image * a.height * a.width;
+  conv.step = a.B * a.height * a.width;
+  conv.height = a.height;
+  conv.width = a.width;
+  conv.channels = a.channels;
+  conv.T = a.T;
+  conv.window = a.window;
+  conv.strip = strip;
+  conv.weight = map.panel_weight(0);
+  conv.bias = map.panel_bias(0);
+  conv.valid = map.valid.data()[0];
+  conv.out = a.out + strip.image * pixels;
+  conv.out_step = a.B * pixels;
+  if (a.state) conv.state = a.state + strip.image * pixels * map.outputs;
+  const NarrowCounts counted = k.conv_narrow(conv, a.neuron);
+  s.counted.input += static_cast<double>(counted.input);
+  s.counted.spikes[0] += counted.spikes;
+}
+
 // One item: a strip of an image, all timesteps, panels [first, last).
 void run_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t first, int64_t last,
                ChunkScratch& s) {
@@ -421,6 +353,7 @@ void run_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t first, i
   const int64_t width = a.window.width(a.width), pixels = a.window.height(a.height) * width;
   if (a.wanted) strip.wanted = a.wanted + strip.image * pixels;
   silence(a, strip, width, pixels, first, last);
+  if (is_narrow(a)) return run_narrow(a, k, strip, pixels, s);
   const int64_t columns = set_columns(a, strip, width, pixels, 0, a.T, s);
   if (columns == 0) return;
   const Lists lists = list_strip(a, k, strip, 0, a.still ? 1 : a.T, s);

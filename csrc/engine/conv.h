@@ -7,18 +7,6 @@
 
 namespace atsnn {
 
-// Where a convolution, or pooling, looks: pixel (y, x) of its output reads pixels
-// (y * stride_y - pad_y + ky, x * stride_x - pad_x + kx) of its input. Spikformer's as it stands.
-struct Window {
-  int64_t kernel_y = 3, kernel_x = 3, stride_y = 1, stride_x = 1, pad_y = 1, pad_x = 1;
-
-  constexpr int64_t taps() const { return kernel_y * kernel_x; }
-  int64_t height(int64_t input) const { return (input + 2 * pad_y - kernel_y) / stride_y + 1; }
-  int64_t width(int64_t input) const { return (input + 2 * pad_x - kernel_x) / stride_x + 1; }
-};
-
-constexpr int64_t most_taps = 64;
-
 // A convolution, then neurons. Maps are rows of pixels in the order (t, b, y, x).
 struct ConvLif {
   const float* images;   // [T_in, B, channels, height, width], or null: `bits`

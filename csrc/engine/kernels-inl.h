@@ -158,14 +158,14 @@ void add_groups(const AddGroups& a) {
 
 // Potentials after one step of `n` vectors of neurons; returns which fired.
 template <Charge kind, bool multiply, bool hard, int n>
-ATSNN_INLINE uint64_t step_neurons(vec<float>* v, const float* x, const Constants<float>& c) {
+ATSNN_INLINE uint64_t step_neurons(vec<float>* v, const vec<float>* x, const Constants<float>& c) {
   constexpr int64_t width = Simd<float>::width;
 #if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
   // The comparison serves the word and the reset; words are put together without leaving the
   // mask registers.
   __mmask64 fires[n];
   for (int i = 0; i < n; ++i) {
-    const vec<float> u = charge<kind, multiply>(v[i], load(x + i * width), c);
+    const vec<float> u = charge<kind, multiply>(v[i], x[i], c);
     const __mmask16 some = _mm512_cmp_ps_mask((__m512)u, _mm512_set1_ps(c.v_threshold), _CMP_GE_OQ);
     const __m512 rest = hard ? _mm512_set1_ps(c.v_reset) : (__m512)(u - c.v_threshold);
     v[i] = (vec<float>)_mm512_mask_mov_ps((__m512)u, some, rest);
@@ -181,12 +181,39 @@ ATSNN_INLINE uint64_t step_neurons(vec<float>* v, const float* x, const Constant
 #else
   uint64_t word = 0;
   for (int i = 0; i < n; ++i) {
-    const vec<float> u = charge<kind, multiply>(v[i], load(x + i * width), c);
+    const vec<float> u = charge<kind, multiply>(v[i], x[i], c);
     word |= uint64_t(fired(u, c.v_threshold)) << (i * width);
     v[i] = reset<hard>(u, c);
   }
   return word;
 #endif
+}
+
+// Membranes of `n` vectors of neurons, `channels` of which exist.
+template <int n>
+ATSNN_INLINE void load_state(vec<float>* v, const float* state, int64_t channels, float at_rest) {
+  constexpr int64_t width = Simd<float>::width;
+  if (state && channels == n * width) {
+    for (int i = 0; i < n; ++i) v[i] = load(state + i * width);
+  } else if (state) {
+    float room[n * width] = {};
+    std::memcpy(room, state, channels * sizeof(float));
+    for (int i = 0; i < n; ++i) v[i] = load(room + i * width);
+  } else {
+    for (int i = 0; i < n; ++i) v[i] = vec<float>{} + at_rest;
+  }
+}
+
+template <int n>
+ATSNN_INLINE void store_state(const vec<float>* v, float* state, int64_t channels) {
+  constexpr int64_t width = Simd<float>::width;
+  if (state && channels == n * width) {
+    for (int i = 0; i < n; ++i) store(state + i * width, v[i]);
+  } else if (state) {
+    float room[n * width];
+    for (int i = 0; i < n; ++i) store(room + i * width, v[i]);
+    std::memcpy(state, room, channels * sizeof(float));
+  }
 }
 
 // Neurons of the vectors `part` .. `part` + n of a panel.
@@ -196,34 +223,21 @@ int64_t fire_part(const Fire& a, const Constants<float>& settings, int part) {
   constexpr int64_t width = Simd<float>::width;
   const uint64_t valid = a.valid >> (part * width);
   const int64_t channels = std::min<int64_t>(count_bits(valid), n * width);
-  const bool whole = channels == n * width;
   int64_t spikes = 0;
   for (int64_t col = 0; col < a.columns; ++col) {
     float* const state = a.state ? a.state[col] + a.state_offset + part * width : nullptr;
     vec<float> v[n];
-    if (state && whole) {
-      for (int i = 0; i < n; ++i) v[i] = load(state + i * width);
-    } else if (state) {
-      float room[n * width] = {};
-      std::memcpy(room, state, channels * sizeof(float));
-      for (int i = 0; i < n; ++i) v[i] = load(room + i * width);
-    } else {
-      for (int i = 0; i < n; ++i) v[i] = vec<float>{} + c.v_reset;
-    }
+    load_state<n>(v, state, channels, c.v_reset);
     for (int32_t step = a.first[col]; step < a.first[col + 1]; ++step) {
-      const float* x = a.acc + (a.still ? col : step) * panel + part * width;
+      const float* const from = a.acc + (a.still ? col : step) * panel + part * width;
+      vec<float> x[n];
+      for (int i = 0; i < n; ++i) x[i] = load(from + i * width);
       const uint64_t word = step_neurons<kind, multiply, hard, n>(v, x, c) & valid;
       uint64_t& out = a.spikes[int64_t(a.row[step]) * a.stride];
       out = part == 0 ? word : out | word << (part * width);
       spikes += count_bits(word);
     }
-    if (state && whole) {
-      for (int i = 0; i < n; ++i) store(state + i * width, v[i]);
-    } else if (state) {
-      float room[n * width];
-      for (int i = 0; i < n; ++i) store(room + i * width, v[i]);
-      std::memcpy(state, room, channels * sizeof(float));
-    }
+    store_state<n>(v, state, channels);
   }
   return spikes;
 }
@@ -248,7 +262,7 @@ int64_t fire_columns(const Fire& a, const NeuronParams& p) {
 }
 
 template <class F>
-int64_t with_neuron(const NeuronParams& p, F f) {
+auto with_neuron(const NeuronParams& p, F f) {
   using std::bool_constant;
   const auto with_reset = [&](auto kind, auto multiply) {
     return p.hard_reset ? f(kind, multiply, bool_constant<true>{})
@@ -271,6 +285,64 @@ int64_t with_neuron(const NeuronParams& p, F f) {
 int64_t fire(const Fire& a, const NeuronParams& p) {
   return with_neuron(p, [&](auto kind, auto multiply, auto hard) {
     return fire_columns<kind.value, multiply.value, hard.value>(a, p);
+  });
+}
+
+// ---- narrow convolutions ------------------------------------------------------------------------
+
+// Of `n` vectors of outputs.
+template <Charge kind, bool multiply, bool hard, int n>
+NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
+  const Constants<float> c = settings;
+  constexpr int64_t width = Simd<float>::width;
+  const int64_t taps = a.window.taps(), channels = a.channels;
+  const int64_t outputs = count_bits(a.valid);
+  const int64_t together_taps = word_bits / channels;  // in a word
+  vec<float> bias[n];
+  for (int i = 0; i < n; ++i) bias[i] = load(a.bias + i * width);
+  NarrowCounts counts{};
+  const auto run = [&](int64_t pixel, const Taps& at) {
+    float* const state = a.state ? a.state + pixel * outputs : nullptr;
+    vec<float> v[n];
+    load_state<n>(v, state, outputs, c.v_reset);
+    for (int64_t t = 0; t < a.T; ++t) {
+      const uint64_t* const frame = a.bits + t * a.step;
+      if (at.centre >= 0) counts.input += count_bits(frame[at.centre]);
+      vec<float> sum[n];
+      for (int i = 0; i < n; ++i) sum[i] = bias[i];
+      for (int64_t tap = 0; tap < taps;) {
+        // Bits of pixels side by side are inputs in their order.
+        const float* const weight = a.weight + tap * channels * panel;
+        const int64_t end = std::min(tap + together_taps, taps);
+        uint64_t word = 0;
+        for (int64_t shift = 0; tap < end; ++tap, shift += channels) {
+          if (at.pixel[tap] >= 0) word |= frame[at.pixel[tap]] << shift;
+        }
+        each_bit(word, [&](int64_t bit) {
+          for (int i = 0; i < n; ++i) sum[i] += load(weight + bit * panel + i * width);
+        });
+      }
+      const uint64_t fires = step_neurons<kind, multiply, hard, n>(v, sum, c) & a.valid;
+      a.out[t * a.out_step + pixel] = fires;
+      counts.spikes += count_bits(fires);
+    }
+    store_state<n>(v, state, outputs);
+  };
+  each_window(a.window, a.height, a.width, a.strip, 0, run);
+  return counts;
+}
+
+NarrowCounts conv_narrow(const NarrowConv& a, const NeuronParams& p) {
+  constexpr int64_t width = Simd<float>::width;
+  const int64_t outputs = count_bits(a.valid);
+  return with_neuron(p, [&](auto kind, auto multiply, auto hard) {
+    constexpr Charge charge = kind.value;
+    constexpr bool times = multiply.value, to_reset = hard.value;
+    const Constants<float> c(p);
+    constexpr int n = panel_vectors;
+    if (outputs <= n / 4 * width) return narrow_of<charge, times, to_reset, n / 4>(a, c);
+    if (outputs <= n / 2 * width) return narrow_of<charge, times, to_reset, n / 2>(a, c);
+    return narrow_of<charge, times, to_reset, n>(a, c);
   });
 }
 
@@ -614,6 +686,7 @@ const Kernels ATSNN_KERNELS(ATSNN_LEVEL) = {
     ATSNN_LEVEL::add_groups,
     ATSNN_LEVEL::list_groups,
     ATSNN_LEVEL::fire,
+    ATSNN_LEVEL::conv_narrow,
     ATSNN_LEVEL::attend,
     ATSNN_LEVEL::head,
     ATSNN_LEVEL::count,

@@ -9,6 +9,7 @@
 #include "../cpu/neuron.h"
 #include "../cpu/rows.h"
 #include "spikes.h"
+#include "window.h"
 
 namespace atsnn {
 
@@ -74,6 +75,24 @@ struct Fire {
   int64_t state_offset;  // where this panel begins in it
 };
 
+// A convolution of narrow maps, a word a pixel, to one panel of outputs, and its neurons, for a
+// strip of one image: nothing is listed or stored in between. Sums and neurons are those of AddRows
+// and Fire.
+struct NarrowConv {
+  const uint64_t* bits;  // pixel p at timestep t: bits[t * step + p]
+  int64_t step, height, width, channels, T;
+  Window window;
+  Strip strip;
+  const float *weight, *bias;  // [taps * channels, panel], [panel]
+  uint64_t valid;              // outputs that exist
+  uint64_t* out;               // pixel p at timestep t: out[t * out_step + p]
+  int64_t out_step;
+  float* state;  // of each pixel of the image, `valid` channels, read and written; null: at rest
+};
+struct NarrowCounts {
+  int64_t input, spikes;
+};
+
 // Spiking attention of the heads of one image, in bits: see spiking_attention in
 // src/atsnn/reference.py, followed by neurons. Rows are those of `layout`.
 struct Attend {
@@ -111,6 +130,7 @@ struct Kernels {
   void (*list_groups)(const uint64_t* const* bits, int64_t rows, int64_t inputs, uint16_t* code);
   // Returns the number of spikes.
   int64_t (*fire)(const Fire&, const NeuronParams&);
+  NarrowCounts (*conv_narrow)(const NarrowConv&, const NeuronParams&);
   int64_t (*attend)(const Attend&, const NeuronParams&, int64_t image, int64_t first_head,
                     int64_t heads, float* scratch);
   void (*head)(const Head&, int64_t begin, int64_t end);
