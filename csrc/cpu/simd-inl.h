@@ -67,6 +67,11 @@ ATSNN_INLINE void finish_stream() {
 
 template <class A>
 ATSNN_INLINE vec<A> load_first(const A* p, int64_t n) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<A, float>) {
+    return (vec<A>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  }
+#endif
   vec<A> v = {};
   std::memcpy(&v, p, n * sizeof(A));
   return v;
@@ -74,6 +79,11 @@ ATSNN_INLINE vec<A> load_first(const A* p, int64_t n) {
 
 template <class A>
 ATSNN_INLINE void store_first(A* p, vec<A> v, int64_t n) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<A, float>) {
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  }
+#endif
   std::memcpy(p, &v, n * sizeof(A));
 }
 

@@ -1,5 +1,6 @@
 #include "conv.h"
 
+#include <cstring>
 #include <limits>
 
 #include "parallel.h"
@@ -127,7 +128,7 @@ class SpikeListing {
                  Lists& lists) const {
     int64_t left = taps_a_tile;
     for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
-      if (at.pixel[tap] >= 0) append(found + at.pixel[tap], tap, s, lists);
+      if (at[tap] >= 0) append(found + at[tap], tap, s, lists);
       if (--left == 0) {
         lists.end_tile();
         left = taps_a_tile;
@@ -139,7 +140,7 @@ class SpikeListing {
                   Lists& lists) const {
     for (int64_t tap = 0; tap < a_.window.taps(); ++tap) {
       for (int64_t i = 0; i < parts_; ++i) {
-        if (at.pixel[tap] >= 0) append(found + at.pixel[tap] * parts_ + i, tap, s, lists);
+        if (at[tap] >= 0) append(found + at[tap] * parts_ + i, tap, s, lists);
         lists.end_tile();
       }
     }
@@ -163,7 +164,7 @@ double list_floats(const ConvLif& a, const Kernels& k, Strip strip, int64_t begi
       float* to = patch;
       for (int64_t tap = 0; tap < taps; ++tap) {
         for (int64_t c = 0; c < a.channels; ++c) {
-          *to++ = at.pixel[tap] < 0 ? 0.0f : image[c * pixels + at.pixel[tap]];
+          *to++ = at[tap] < 0 ? 0.0f : image[c * pixels + at[tap]];
         }
       }
       for (int64_t c = 0; at.centre >= 0 && c < a.channels; ++c) {
@@ -438,18 +439,24 @@ void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width
 
 void mark_read(const uint8_t* wanted, const Window& window, int64_t height, int64_t width,
                uint8_t* read) {
+  const Window w = window;
+  const int64_t places = w.width(width);
   std::fill_n(read, height * width, uint8_t(0));
-  for (int64_t y = 0; y < window.height(height); ++y) {
-    const int64_t first_y = y * window.stride_y - window.pad_y;
-    const int64_t top = std::max<int64_t>(first_y, 0);
-    const int64_t bottom = std::min(first_y + window.kernel_y, height);
-    for (int64_t x = 0; x < window.width(width); ++x) {
-      if (!*wanted++) continue;
-      const int64_t first_x = x * window.stride_x - window.pad_x;
-      const int64_t left = std::max<int64_t>(first_x, 0);
-      const int64_t right = std::min(first_x + window.kernel_x, width);
-      for (int64_t ny = top; ny < bottom && left < right; ++ny) {
-        std::fill(read + ny * width + left, read + ny * width + right, uint8_t(1));
+  for (int64_t y = 0; y < w.height(height); ++y, wanted += places) {
+    if (!std::memchr(wanted, 1, places)) continue;
+    const int64_t top = y * w.stride_y - w.pad_y;
+    for (int64_t ny = std::max<int64_t>(top, 0); ny < std::min(top + w.kernel_y, height); ++ny) {
+      for (int64_t kx = 0; kx < w.kernel_x; ++kx) {
+        // Pixel x reads x * stride + shift, if that is inside.
+        const int64_t shift = kx - w.pad_x;
+        const int64_t begin = shift < 0 ? (w.stride_x - 1 - shift) / w.stride_x : 0;
+        const int64_t end = std::min(places, (width - shift + w.stride_x - 1) / w.stride_x);
+        uint8_t* const row = read + ny * width;
+        if (w.stride_x == 1) {
+          for (int64_t x = begin; x < end; ++x) row[x + shift] |= wanted[x];
+        } else {
+          for (int64_t x = begin; x < end; ++x) row[x * w.stride_x + shift] |= wanted[x];
+        }
       }
     }
   }

@@ -21,8 +21,8 @@ struct ConvLif {
   Window window = {};               // of at most `most_taps`
   const uint8_t* counts = nullptr;  // rows of channels instead of bits: how often each fired
   float* sums = nullptr;  // [T, B, outputs, pixels]: the sums themselves, neither pooled nor fired
-  // [B, pixels of neurons]: those to run, at every timestep; null: all. Others do not fire, their
-  // state stays, and of the input only what the wanted ones read is looked at.
+  // [B, pixels of neurons]: 1 for those to run, at every timestep; null: all. Others do not fire,
+  // their state stays, and of the input only what the wanted ones read is looked at.
   const uint8_t* wanted = nullptr;
 };
 
@@ -35,7 +35,8 @@ void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width
                const Window& window, uint64_t* out, int threads, const uint8_t* wanted = nullptr);
 constexpr Window halving = {3, 3, 2, 2, 1, 1};
 
-// Marks which pixels of a map [height, width] the wanted pixels behind a window read.
+// Marks, with 1, which pixels of a map [height, width] the pixels behind a window read whose
+// `wanted` is 1.
 void mark_read(const uint8_t* wanted, const Window& window, int64_t height, int64_t width,
                uint8_t* read);
 

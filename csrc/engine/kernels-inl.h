@@ -193,26 +193,27 @@ ATSNN_INLINE uint64_t step_neurons(vec<float>* v, const vec<float>* x, const Con
 template <int n>
 ATSNN_INLINE void load_state(vec<float>* v, const float* state, int64_t channels, float at_rest) {
   constexpr int64_t width = Simd<float>::width;
-  if (state && channels == n * width) {
-    for (int i = 0; i < n; ++i) v[i] = load(state + i * width);
-  } else if (state) {
-    float room[n * width] = {};
-    std::memcpy(room, state, channels * sizeof(float));
-    for (int i = 0; i < n; ++i) v[i] = load(room + i * width);
-  } else {
-    for (int i = 0; i < n; ++i) v[i] = vec<float>{} + at_rest;
+  for (int i = 0; i < n; ++i) {
+    const int64_t left = channels - i * width;
+    if (!state || left <= 0) {
+      v[i] = vec<float>{} + at_rest;
+    } else {
+      v[i] = left < width ? load_first(state + i * width, left) : load(state + i * width);
+    }
   }
 }
 
 template <int n>
 ATSNN_INLINE void store_state(const vec<float>* v, float* state, int64_t channels) {
   constexpr int64_t width = Simd<float>::width;
-  if (state && channels == n * width) {
-    for (int i = 0; i < n; ++i) store(state + i * width, v[i]);
-  } else if (state) {
-    float room[n * width];
-    for (int i = 0; i < n; ++i) store(room + i * width, v[i]);
-    std::memcpy(state, room, channels * sizeof(float));
+  for (int i = 0; state && i < n; ++i) {
+    const int64_t left = channels - i * width;
+    if (left <= 0) return;
+    if (left < width) {
+      store_first(state + i * width, v[i], left);
+    } else {
+      store(state + i * width, v[i]);
+    }
   }
 }
 
@@ -316,7 +317,7 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
         const int64_t end = std::min(tap + together_taps, taps);
         uint64_t word = 0;
         for (int64_t shift = 0; tap < end; ++tap, shift += channels) {
-          if (at.pixel[tap] >= 0) word |= frame[at.pixel[tap]] << shift;
+          if (at[tap] >= 0) word |= frame[at[tap]] << shift;
         }
         each_bit(word, [&](int64_t bit) {
           for (int i = 0; i < n; ++i) sum[i] += load(weight + bit * panel + i * width);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 namespace atsnn {
 
@@ -31,9 +32,16 @@ struct Strip {
   }
 };
 
-// What a pixel of the output reads: pixels of the input, -1 where there is none.
+// What a pixel of the output reads: pixels of the input. Where all exist they are those of the
+// pixel before, moved on; nothing is written that would be read back at once.
 struct Taps {
-  int64_t pixel[most_taps], centre;
+  static constexpr int64_t none = std::numeric_limits<int64_t>::min();
+  int64_t first;
+  const int64_t* offset;
+  int64_t centre;  // as below
+
+  // The pixel, or -1 where there is none.
+  int64_t operator[](int64_t tap) const { return offset[tap] == none ? -1 : first + offset[tap]; }
 };
 
 // Calls f(pixel, taps) for the wanted pixels of a strip, in order. Pixels of the input, a map of
@@ -45,14 +53,15 @@ inline __attribute__((always_inline)) void each_window(const Window& window, int
                                                        F f) {
   const Window w = window;  // a copy, which what f stores cannot alias
   const int64_t taps = w.taps(), places = w.width(width);
-  int64_t dy[most_taps], dx[most_taps], offset[most_taps];
+  int64_t dy[most_taps], dx[most_taps], offset[most_taps], edge[most_taps];
   for (int64_t tap = 0; tap < taps; ++tap) {
     dy[tap] = tap / w.kernel_x;
     dx[tap] = tap % w.kernel_x;
     offset[tap] = dy[tap] * width + dx[tap];
   }
   const int64_t centre = w.pad_y * w.kernel_x + w.pad_x;
-  Taps at;
+  const bool has_centre = centre < taps;
+  const int64_t to_centre = has_centre ? offset[centre] : 0;
   for (int64_t y = strip.top; y < strip.bottom; ++y) {
     const int64_t top = y * w.stride_y - w.pad_y;
     const bool rows_inside = top >= 0 && top + w.kernel_y <= height;
@@ -60,16 +69,16 @@ inline __attribute__((always_inline)) void each_window(const Window& window, int
       if (!strip.wants(y * places + x)) continue;
       const int64_t left = x * w.stride_x - w.pad_x, first = (top - above) * width + left;
       if (rows_inside && left >= 0 && left + w.kernel_x <= width) {
-        for (int64_t tap = 0; tap < taps; ++tap) at.pixel[tap] = first + offset[tap];
-      } else {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t ny = top + dy[tap], nx = left + dx[tap];
-          const bool inside = ny >= 0 && ny < height && nx >= 0 && nx < width;
-          at.pixel[tap] = inside ? first + offset[tap] : -1;
-        }
+        f(y * places + x, Taps{first, offset, has_centre ? first + to_centre : -1});
+        continue;
       }
-      at.centre = centre < taps ? at.pixel[centre] : -1;
-      f(y * places + x, at);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t ny = top + dy[tap], nx = left + dx[tap];
+        const bool inside = ny >= 0 && ny < height && nx >= 0 && nx < width;
+        edge[tap] = inside ? offset[tap] : Taps::none;
+      }
+      const Taps at{first, edge, -1};
+      f(y * places + x, Taps{first, edge, has_centre ? at[centre] : -1});
     }
   }
 }
