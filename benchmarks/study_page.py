@@ -11,14 +11,16 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import study
+import torch
 from scipy import stats
 from study_parts import PARTS, Part
 
-from atsnn import SpikformerConfig
+from atsnn import ATSpikformer, SpikformerConfig, cost
 from atsnn.bench.plots import COLOURS, Plot, save
 from atsnn.sheets import percent
 from atsnn.sweep.output import Summary, summaries, with_spread
@@ -93,12 +95,16 @@ def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
     found = [row for seed in range(max(part.seeds, part.more)) for row in study.read(name, seed)]
     order = list(part.methods)
     plain = {row["seed"]: row for row in found if row["label"] == PLAIN}
-    one = next(iter(plain.values()), None)
     full = part.network
-    kept = [
-        _to_plain(row, full, plain.get(row["seed"], one)) for row in found if row["label"] in order
-    ]
+    kept = [_to_plain(row, full, plain.get(row["seed"])) for row in found if row["label"] in order]
     return sorted(kept, key=lambda row: order.index(row["label"]))
+
+
+@cache
+def flops_of(network: SpikformerConfig) -> float:
+    """FLOPs of an image in which nothing halts; they are those of any image and any weights."""
+    images = torch.zeros(1, network.in_channels, network.image_size, network.image_size)
+    return cost(ATSpikformer(network), images).flops.total
 
 
 def _to_plain(
@@ -107,18 +113,15 @@ def _to_plain(
     """A row of a network of another depth or T, with its shares those of the full one's.
 
     A network of two timesteps is what a schedule is that runs no block at the third and fourth.
-    FLOPs are known from the plain network's row of any seed, what spikes cost from the same seed's.
+    FLOPs follow from the configuration, what spikes cost is known from the plain network's row of
+    the same seed.
     """
     sides = (len(row["cells_by_block"]), len(row["cells_by_timestep"]))
     if sides == (full.depth, full.T):
         return row
-    kinds = {"flops_share": "flops", "sops_share": "sops", "energy_share": "energy_uj"}
-    shares = {
-        share: row[key] / plain[key]
-        if plain and plain[key] and (key == "flops" or row["seed"] == plain["seed"])
-        else None
-        for share, key in kinds.items()
-    }
+    shares: dict[str, float | None] = {"flops_share": row["flops"] / flops_of(full)}
+    for share, key in (("sops_share", "sops"), ("energy_share", "energy_uj")):
+        shares[share] = row[key] / plain[key] if plain and plain[key] else None
     cells = math.prod(sides) / (full.depth * full.T) * row["cells"]
     return {**row, "cells": cells, **shares}
 
