@@ -163,8 +163,9 @@ def _legend(result: dict[str, Any]) -> str:
         )
     return (
         "off: every cell of the same network runs, nothing halts. on: the packed form, in which "
-        "the rows of active cells exist and nothing else. Halting does not touch the stem. "
-        "engine: the whole model, frozen (atsnn.freeze); native: the modules, on C++ kernels."
+        "the rows of active cells exist and nothing else. Halting does not touch the stem, but the "
+        "engine's with the sequential accumulator. engine: the whole model, frozen (atsnn.freeze); "
+        "native: the modules, on C++ kernels."
     )
 
 
