@@ -56,10 +56,14 @@ struct MatchScratch {
   }
 };
 
-// The pixels of a layer of the stem that are wanted, [B, side, side] bytes: of its sums, of its
-// neurons, and of what leaves it.
+// The pixels of a layer of the stem that are wanted, [B, side, side] bytes: of what leaves it, and,
+// where that is half as large, of the map before the pooling.
 struct StemPixels {
-  Buffer<uint8_t> sums, neurons, after;
+  Buffer<uint8_t> after, before;
+  const uint8_t* sums(const StemMap& m) const { return m.halves ? before.data() : after.data(); }
+  const uint8_t* neurons(const StemMap& m) const {
+    return m.neurons == m.side ? sums(m) : after.data();
+  }
 };
 
 struct Workspace {
@@ -165,6 +169,7 @@ class Pass {
   void want_stem(const int64_t* active);
 
   void reserve_stem(int64_t T);
+  int64_t image_floats() const { return c_.in_channels * c_.image_size * c_.image_size; }
   float* stem_state(StreamState* state, int i) const;
   // One layer for T timesteps, of images or of spikes; returns what leaves it.
   const uint64_t* stem_layer(int i, int64_t T, const float* images, const uint64_t* in,

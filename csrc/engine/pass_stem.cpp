@@ -6,10 +6,6 @@ namespace {
 
 constexpr int position = 4;  // the layer whose spikes are added to the tokens
 
-int64_t count_wanted(const uint8_t* wanted, int64_t pixels) {
-  return std::count_if(wanted, wanted + pixels, [](uint8_t pixel) { return pixel != 0; });
-}
-
 }  // namespace
 
 void Pass::reserve_stem(int64_t T) {
@@ -33,15 +29,16 @@ const uint64_t* Pass::stem_layer(int i, int64_t T, const float* images, const ui
   ConvLif conv{
       images, in,   channels, T, B_, m.side, m.side, still, pool, &map, net_.conv[i].neuron,
       out,    state};
-  if (wanted) conv.wanted = wanted->neurons.data();
+  if (wanted) conv.wanted = wanted->neurons(m);
   const Counted counted = run_conv_lif(conv, k_, ws_.thread);
   report_.stem_spikes[2 * i] += counted.input;
   report_.stem_spikes[2 * i + 1] += counted.spikes[0];
-  const int64_t shown = still ? 1 : T;
+  const auto computed = [&](const uint8_t* some, int64_t pixels) {
+    return some ? std::count(some, some + B_ * pixels, uint8_t(1)) : B_ * pixels;
+  };
   report_.stem_pixels[2 * i] +=
-      shown * (wanted ? count_wanted(wanted->sums.data(), B_ * sums) : B_ * sums);
-  report_.stem_pixels[2 * i + 1] +=
-      T * (wanted ? count_wanted(wanted->neurons.data(), B_ * neurons) : B_ * neurons);
+      (still ? 1 : T) * computed(wanted ? wanted->sums(m) : nullptr, sums);
+  report_.stem_pixels[2 * i + 1] += T * computed(wanted ? wanted->neurons(m) : nullptr, neurons);
   if (options_.record) {
     int64_t* offsets = ws_.index.reserve(T * B_ + 1);
     for (int64_t run = 0; run <= T * B_; ++run) offsets[run] = run * neurons;
@@ -72,7 +69,7 @@ void Pass::stem() {
   const Timer timer(report_.stem_seconds);
   reserve_stem(T_);
   const int64_t shown = images_.still ? 1 : T_;
-  const int64_t one = c_.in_channels * c_.image_size * c_.image_size;
+  const int64_t one = image_floats();
   // Images of the group follow each other within a timestep only.
   const float* images = images_.data + b0_ * one;
   if (shown > 1 && images_.B != B_) {
@@ -101,7 +98,7 @@ void Pass::start_stem() {
   reserve_stem(images_.still ? T_ : 1);
   if (!images_.still) return;
   // What the first layer adds up is the same at every timestep.
-  const float* images = images_.data + b0_ * c_.in_channels * c_.image_size * c_.image_size;
+  const float* images = images_.data + b0_ * image_floats();
   stem_layer(0, T_, images, nullptr, stem_state(state_, 0), nullptr);
   // Its spikes are in the second map; they stay while the other layers run.
   std::swap(ws_.map[1], ws_.shown);
@@ -122,8 +119,7 @@ void Pass::stem_step(int64_t t, StreamState* state, const int64_t* active) {
     in = ws_.shown.data() +
          t * B_ * maps_[0].after * maps_[0].after * words(net_.conv[0].map.outputs);
   } else {
-    const int64_t one = c_.in_channels * c_.image_size * c_.image_size;
-    const float* images = images_.data + (t * images_.B + b0_) * one;
+    const float* images = images_.data + (t * images_.B + b0_) * image_floats();
     in = stem_layer(0, 1, images, nullptr, stem_state(state, 0), wanted(0));
   }
   for (int i = 1; i < position; ++i) {
@@ -141,31 +137,23 @@ void Pass::stem_step(int64_t t, StreamState* state, const int64_t* active) {
 }
 
 void Pass::want_stem(const int64_t* active) {
+  const auto each_image = [&](const uint8_t* from, int64_t pixels, const Window& window,
+                              int64_t side, Buffer<uint8_t>& to) {
+    to.reserve(B_ * side * side);
+    for (int64_t b = 0; b < B_; ++b) {
+      mark_read(from + b * pixels, window, side, side, to.data() + b * side * side);
+    }
+  };
   uint8_t* last = ws_.stem[position].after.reserve(B_ * N_);
   for (int64_t i = 0; i < B_ * N_; ++i) last[i] = active[i] > 0;
-  const int first = images_.still ? 1 : 0;
   for (int i = position;; --i) {
     StemPixels& wanted = ws_.stem[i];
     const StemMap& m = maps_[i];
-    const int64_t sums = m.side * m.side, after = m.after * m.after;
-    const auto each_image = [&](const uint8_t* from, int64_t pixels, const Window& window,
-                                int64_t side, uint8_t* to) {
-      for (int64_t b = 0; b < B_; ++b) {
-        mark_read(from + b * pixels, window, side, side, to + b * side * side);
-      }
-    };
-    wanted.sums.reserve(B_ * sums);
-    if (m.halves) {
-      each_image(wanted.after.data(), after, halving, m.side, wanted.sums.data());
-    } else {
-      std::copy_n(wanted.after.data(), B_ * after, wanted.sums.data());
-    }
-    const Buffer<uint8_t>& neurons = c_.pool_spikes ? wanted.sums : wanted.after;
-    const int64_t size = B_ * m.neurons * m.neurons;
-    std::copy_n(neurons.data(), size, wanted.neurons.reserve(size));
-    if (i == first) break;
-    // What this layer reads is what leaves the one before it; the tokens are read twice.
-    each_image(wanted.sums.data(), sums, {}, m.side, ws_.stem[i - 1].after.reserve(B_ * sums));
+    if (m.halves)
+      each_image(wanted.after.data(), m.after * m.after, halving, m.side, wanted.before);
+    if (i == (images_.still ? 1 : 0)) break;
+    // What this layer reads leaves the one before it. The tokens are read by the last layer too.
+    each_image(wanted.sums(m), m.side * m.side, {}, m.side, ws_.stem[i - 1].after);
   }
 }
 
