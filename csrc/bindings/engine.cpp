@@ -190,7 +190,7 @@ py::dict run(Engine& engine, const Array<float>& images, bool still, int64_t T,
   Report report;
   try {
     const py::gil_scoped_release release;
-    if (state && state->steps == 0) state->start(engine.network(), B, true);
+    if (state && state->steps == 0) state->start(engine.network(), B);
     engine.run({images.data(), still, T, B}, out, options, report);
   } catch (const Stopped&) {
     throw std::move(*signals.error_);

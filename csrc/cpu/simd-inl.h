@@ -87,6 +87,17 @@ ATSNN_INLINE void store_first(A* p, vec<A> v, int64_t n) {
   std::memcpy(p, &v, n * sizeof(A));
 }
 
+// a * b + c, of values whose product is exact, so that it is the same where it cannot be fused.
+ATSNN_INLINE vec<double> fused(vec<double> a, vec<double> b, vec<double> c) {
+#if defined(__x86_64__) && ATSNN_VECTOR_BYTES == 64
+  return (vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__x86_64__) && ATSNN_VECTOR_BYTES == 32
+  return (vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The larger of two; `b` where one is not a number. GCC does not make one instruction of it (nor
 // take the unmasked AVX-512 form without a false warning).
 ATSNN_INLINE vec<float> maximum(vec<float> a, vec<float> b) {

@@ -61,7 +61,7 @@ int64_t attend_heads(const Attend& a, const NeuronParams& p, int64_t image, int6
     for (int64_t r = 0; r < present; ++r) {
       float* v = membrane + r * wide;
       std::fill_n(v, wide, c.v_reset);
-      if (a.state) {
+      if (a.state && !a.at_rest) {
         const int64_t token = image * tokens + a.layout.token_at(image, r);
         std::memcpy(v, a.state + token * a.C + offset, d * sizeof(float));
       }

@@ -65,7 +65,7 @@ int64_t run_spike_driven_attention(const Attend& a, const NeuronParams& neuron, 
     if (a.state) s.state.data()[0] = a.state + image * C;
     uint64_t* gate = s.gate.data();
     k.fire({sums, false, s.first.data(), s.row.data(), 1, gate, 1, valid_bits(C, p),
-            a.state ? s.state.data() : nullptr, p * panel},
+            a.state ? s.state.data() : nullptr, p * panel, a.at_rest},
            neuron);
     for (int64_t t = 0; t < T; ++t) {
       for (int64_t r = 0; r < a.layout.count(t, image); ++r) {

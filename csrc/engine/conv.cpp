@@ -9,6 +9,8 @@ namespace atsnn {
 namespace {
 
 constexpr int64_t strip_rows = 512;
+// What neighbouring strips both read is put together twice.
+constexpr int64_t narrow_strip_rows = 2048;
 // Weights of a panel that leave room in the second cache for what else is read.
 constexpr int64_t second_cache_inputs = 1024;
 // Of narrow maps whole taps make a tile, so that a row has enough to add in each.
@@ -308,10 +310,10 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
       for (int64_t i = 0; !a.state && i < columns; ++i) {
         s.state.data()[i] = membranes + ((p - begin) * pixels + i) * panel;
       }
-      s.counted.spikes[0] +=
-          k.fire({pooled, a.still, s.first.data(), s.row.data(), columns, a.out + p, map.panels(),
-                  map.valid.data()[p], s.state.data(), a.state ? p * panel : 0},
-                 a.neuron);
+      s.counted.spikes[0] += k.fire(
+          {pooled, a.still, s.first.data(), s.row.data(), columns, a.out + p, map.panels(),
+           map.valid.data()[p], s.state.data(), a.state ? p * panel : 0, a.at_rest && t == 0},
+          a.neuron);
     }
   }
   if (begin > 0) s.counted.input = input;  // counted once
@@ -341,6 +343,8 @@ void run_narrow(const ConvLif& a, const Kernels& k, Strip strip, int64_t pixels,
   conv.out = a.out + strip.image * pixels;
   conv.out_step = a.B * pixels;
   if (a.state) conv.state = a.state + strip.image * pixels * map.outputs;
+  conv.at_rest = a.at_rest;
+  conv.room = s.windows.data();
   const NarrowCounts counted = k.conv_narrow(conv, a.neuron);
   s.counted.input += static_cast<double>(counted.input);
   s.counted.spikes[0] += counted.spikes;
@@ -364,10 +368,10 @@ void run_strip(const ConvLif& a, const Kernels& k, Strip strip, int64_t first, i
       write_sums(s.acc.data(), s.row.data(), columns * a.T, map, p, pixels, a.sums);
       continue;
     }
-    s.counted.spikes[0] +=
-        k.fire({s.acc.data(), a.still, s.first.data(), s.row.data(), columns, a.out + p,
-                map.panels(), map.valid.data()[p], a.state ? s.state.data() : nullptr, p * panel},
-               a.neuron);
+    s.counted.spikes[0] += k.fire(
+        {s.acc.data(), a.still, s.first.data(), s.row.data(), columns, a.out + p, map.panels(),
+         map.valid.data()[p], a.state ? s.state.data() : nullptr, p * panel, a.at_rest},
+        a.neuron);
   }
   if (first > 0) s.counted.input = input;  // counted once
 }
@@ -394,10 +398,21 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     });
   } else {
     const int64_t steps = a.still ? 1 : a.T;
-    const int64_t rows = std::clamp<int64_t>(strip_rows / (width * steps), 1, height);
+    const bool narrow = is_narrow(a);
+    int64_t rows = (narrow ? narrow_strip_rows : strip_rows) / (width * steps);
+    // A single image is for all threads.
+    if (narrow && threads > 1) rows = std::min(rows, a.B * height / (2 * threads));
+    rows = std::clamp<int64_t>(rows, 1, height);
     const int64_t strips = (height + rows - 1) / rows, panels = a.map->panels();
     const int64_t shares = shares_of(a.B * strips, panels, threads);
-    for (ChunkScratch& s : scratch) reserve(a, rows, steps, s);
+    for (ChunkScratch& s : scratch) {
+      if (narrow) {
+        s.counted = {};
+        s.windows.reserve(NarrowWords(a.window, a.channels).room(rows, width, a.T));
+      } else {
+        reserve(a, rows, steps, s);
+      }
+    }
     parallel(threads, a.B * strips * shares, [&](int64_t item, int thread) {
       const int64_t share = item % shares, strip = item / shares % strips, top = strip * rows;
       run_strip(a, k, {item / shares / strips, top, std::min(top + rows, height), nullptr},
@@ -447,10 +462,8 @@ void mark_read(const uint8_t* wanted, const Window& window, int64_t height, int6
     const int64_t top = y * w.stride_y - w.pad_y;
     for (int64_t ny = std::max<int64_t>(top, 0); ny < std::min(top + w.kernel_y, height); ++ny) {
       for (int64_t kx = 0; kx < w.kernel_x; ++kx) {
-        // Pixel x reads x * stride + shift, if that is inside.
         const int64_t shift = kx - w.pad_x;
-        const int64_t begin = shift < 0 ? (w.stride_x - 1 - shift) / w.stride_x : 0;
-        const int64_t end = std::min(places, (width - shift + w.stride_x - 1) / w.stride_x);
+        const auto [begin, end] = w.inside_x(kx, width);
         uint8_t* const row = read + ny * width;
         if (w.stride_x == 1) {
           for (int64_t x = begin; x < end; ++x) row[x + shift] |= wanted[x];

@@ -24,6 +24,7 @@ struct ConvLif {
   // [B, pixels of neurons]: 1 for those to run, at every timestep; null: all. Others do not fire,
   // their state stays, and of the input only what the wanted ones read is looked at.
   const uint8_t* wanted = nullptr;
+  bool at_rest = false;  // neurons begin at rest, and `state` is written only
 };
 
 constexpr int64_t halved(int64_t size) { return (size + 1) / 2; }

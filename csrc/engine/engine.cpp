@@ -17,35 +17,48 @@ std::array<StemMap, 5> NetworkConfig::stem_maps() const {
   return maps;
 }
 
-void StreamState::start(const Network& net, int64_t images, bool stem) {
+template <class F>
+void StreamState::each_membrane(const Network& net, bool stem, F f) {
   const NetworkConfig& c = net.config;
-  const int64_t N = c.grid() * c.grid(), C = c.embed_dim, tokens = images * N;
-  const auto at_rest = [](Buffer<float>& v, int64_t n, const NeuronParams& p) {
-    std::fill_n(v.reserve(n), n, static_cast<float>(p.v_reset));
-  };
-  batch = images;
-  steps = 0;
-  broken = false;
+  const int64_t N = c.grid() * c.grid(), C = c.embed_dim, tokens = batch * N;
   const std::array<StemMap, 5> maps = c.stem_maps();
   for (size_t i = 0; stem && i < conv.size(); ++i) {
     const int64_t pixels = maps[i].neurons * maps[i].neurons;
-    at_rest(conv[i], images * pixels * net.conv[i].map.outputs, net.conv[i].neuron);
+    f(conv[i], batch * pixels * net.conv[i].map.outputs, net.conv[i].neuron);
   }
-  block.resize(c.depth);
   for (int64_t l = 0; l < c.depth; ++l) {
     Block& b = block[l];
     const BlockLayers& layers = net.block[l];
-    at_rest(b.qkv, tokens * layers.qkv.map.outputs, layers.qkv.neuron);
-    at_rest(b.attn, (c.spike_driven ? images : tokens) * C, layers.attn);
-    at_rest(b.proj, tokens * C, layers.proj.neuron);
-    at_rest(b.fc1, tokens * c.hidden, layers.fc1.neuron);
-    at_rest(b.fc2, tokens * C, layers.fc2.neuron);
+    f(b.qkv, tokens * layers.qkv.map.outputs, layers.qkv.neuron);
+    f(b.attn, (c.spike_driven ? batch : tokens) * C, layers.attn);
+    f(b.proj, tokens * C, layers.proj.neuron);
+    f(b.fc1, tokens * c.hidden, layers.fc1.neuron);
+    f(b.fc2, tokens * C, layers.fc2.neuron);
+  }
+}
+
+void StreamState::reserve(const Network& net, int64_t images, bool stem) {
+  const NetworkConfig& c = net.config;
+  const int64_t tokens = images * c.grid() * c.grid();
+  batch = images;
+  steps = 0;
+  broken = false;
+  block.resize(c.depth);
+  each_membrane(net, stem, [](Buffer<float>& v, int64_t n, const NeuronParams&) { v.reserve(n); });
+  for (Block& b : block) {
     b.score.reserve_zeros(tokens);
     b.stop.reserve_zeros(tokens);
   }
-  features.reserve_zeros((c.reads_tokens() ? tokens : images) * C);
+  features.reserve_zeros((c.reads_tokens() ? tokens : images) * c.embed_dim);
   total.reserve_zeros(tokens);
   ran.reserve_zeros(tokens);
+}
+
+void StreamState::start(const Network& net, int64_t images) {
+  reserve(net, images, true);
+  each_membrane(net, true, [](Buffer<float>& v, int64_t n, const NeuronParams& p) {
+    std::fill_n(v.data(), n, static_cast<float>(p.v_reset));
+  });
 }
 
 namespace {

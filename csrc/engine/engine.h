@@ -78,7 +78,15 @@ struct StreamState {
   Buffer<float> total;      // [B, N], sequential: the scores of the cells so far
   Buffer<int64_t> ran;      // [B, N], sequential: timesteps with an executed cell
 
-  void start(const Network& net, int64_t batch, bool stem);
+  // Memory for a batch; nothing has been summed, membranes hold anything. Those of the stem are
+  // left out where it runs all timesteps at once.
+  void reserve(const Network& net, int64_t batch, bool stem);
+  // The same with neurons at rest.
+  void start(const Network& net, int64_t batch);
+
+ private:
+  template <class F>
+  void each_membrane(const Network& net, bool stem, F f);
 };
 
 // Arrays of a whole batch that a pass fills; null: not wanted.

@@ -80,7 +80,7 @@ int64_t fire_part(const Fire& a, const Constants<float>& settings, int part) {
   for (int64_t col = 0; col < a.columns; ++col) {
     float* const state = a.state ? a.state[col] + a.state_offset + part * width : nullptr;
     vec<float> v[n];
-    load_state<n>(v, state, channels, c.v_reset);
+    load_state<n>(v, a.at_rest ? nullptr : state, channels, c.v_reset);
     for (int32_t step = a.first[col]; step < a.first[col + 1]; ++step) {
       const float* const from = a.acc + (a.still ? col : step) * panel + part * width;
       vec<float> x[n];

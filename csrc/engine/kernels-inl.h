@@ -11,27 +11,51 @@ namespace atsnn {
 namespace ATSNN_LEVEL {
 namespace {
 
-// `n` outputs of a row from `o` on, whose sums stay in registers.
-template <int n>
+// `n` vectors of outputs of `rows` rows from `o` on, whose sums stay in registers. Factors are
+// floats, so their products are exact, fused or not.
+template <int rows, int n>
 void head_outputs(const Head& a, int64_t row, int64_t o) {
-  double sum[n] = {};
-  for (int64_t i = 0; i < a.inputs; ++i) {
-    const double x = a.x[row * a.inputs + i];
-    const double* weight = a.weight + i * a.outputs + o;
-    for (int j = 0; j < n; ++j) sum[j] += x * weight[j];
+  constexpr int64_t width = Simd<double>::width;
+  vec<double> sum[rows][n] = {};
+  const double* x = a.x + row * a.inputs;
+  const double* weight = a.weight + o;
+  for (int64_t i = 0; i < a.inputs; ++i, ++x, weight += a.outputs) {
+    for (int j = 0; j < n; ++j) {
+      const vec<double> w = load(weight + j * width);
+      for (int r = 0; r < rows; ++r)
+        sum[r][j] = fused(vec<double>{} + x[r * a.inputs], w, sum[r][j]);
+    }
   }
-  float* out = a.out + row * a.outputs + o;
-  for (int j = 0; j < n; ++j) out[j] = static_cast<float>(sum[j] + a.bias[o + j]);
+  for (int r = 0; r < rows; ++r) {
+    float* const out = a.out + (row + r) * a.outputs + o;
+    for (int j = 0; j < n; ++j) {
+      const vec<double> y = sum[r][j] + load(a.bias + o + j * width);
+      for (int i = 0; i < width; ++i) out[j * width + i] = static_cast<float>(y[i]);
+    }
+  }
+}
+
+template <int rows>
+void head_rows(const Head& a, int64_t row) {
+  constexpr int64_t width = Simd<double>::width;
+  int64_t o = 0;
+  for (; o + 4 * width <= a.outputs; o += 4 * width) head_outputs<rows, 4>(a, row, o);
+  for (; o + width <= a.outputs; o += width) head_outputs<rows, 1>(a, row, o);
+  for (; o < a.outputs; ++o) {
+    for (int r = 0; r < rows; ++r) {
+      double sum = 0;
+      for (int64_t i = 0; i < a.inputs; ++i) {
+        sum += a.x[(row + r) * a.inputs + i] * a.weight[i * a.outputs + o];
+      }
+      a.out[(row + r) * a.outputs + o] = static_cast<float>(sum + a.bias[o]);
+    }
+  }
 }
 
 void head(const Head& a, int64_t begin, int64_t end) {
-  constexpr int most = 4 * ATSNN_VECTOR_BYTES / sizeof(double);
-  for (int64_t row = begin; row < end; ++row) {
-    int64_t o = 0;
-    for (; o + most <= a.outputs; o += most) head_outputs<most>(a, row, o);
-    for (; o + 4 <= a.outputs; o += 4) head_outputs<4>(a, row, o);
-    for (; o < a.outputs; ++o) head_outputs<1>(a, row, o);
-  }
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) head_rows<4>(a, row);
+  for (; row < end; ++row) head_rows<1>(a, row);
 }
 
 }  // namespace

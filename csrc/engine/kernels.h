@@ -73,6 +73,24 @@ struct Fire {
   uint64_t valid;        // channels that exist
   float* const* state;   // of each column, `valid` channels, read and written; null: at rest
   int64_t state_offset;  // where this panel begins in it
+  bool at_rest = false;  // neurons begin at rest, and `state` is written only
+};
+
+// How the windows of a map of so many channels, a word at most, are put into words: the taps of a
+// row of the window side by side in `parts` words, and those of `rows` rows in one where they fit.
+struct NarrowWords {
+  NarrowWords(const Window& w, int64_t channels)
+      : kernel_y(w.kernel_y),
+        stride_y(w.stride_y),
+        taps(std::min(word_bits / channels, w.kernel_x)),
+        parts((w.kernel_x + taps - 1) / taps),
+        rows(parts > 1 ? 1 : std::min(word_bits / (w.kernel_x * channels), w.kernel_y)) {}
+  // Words of scratch for a strip of so many rows and pixels a row of the output.
+  int64_t room(int64_t strip, int64_t width, int64_t T) const {
+    return T * ((strip - 1) * stride_y + kernel_y) * parts * width;
+  }
+
+  int64_t kernel_y, stride_y, taps, parts, rows;
 };
 
 // A convolution of narrow maps, a word a pixel, to one panel of outputs, and its neurons, for a
@@ -88,6 +106,8 @@ struct NarrowConv {
   uint64_t* out;               // pixel p at timestep t: out[t * out_step + p]
   int64_t out_step;
   float* state;  // of each pixel of the image, `valid` channels, read and written; null: at rest
+  bool at_rest = false;  // neurons begin at rest, and `state` is written only
+  uint64_t* room;        // NarrowWords::room of scratch
 };
 struct NarrowCounts {
   int64_t input, spikes;
@@ -104,7 +124,8 @@ struct Attend {
   Layout layout;
   int64_t C, heads;
   float scale;
-  float* state;  // [B, N, C] in token order, read and written; null: at rest
+  float* state;          // [B, N, C] in token order, read and written; null: at rest
+  bool at_rest = false;  // neurons begin at rest, and `state` is written only
 };
 
 // The linear layer behind the readout, in float64, each sum rounded once: inputs are added in

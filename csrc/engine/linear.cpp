@@ -286,7 +286,7 @@ Counted run_linear_lif(const LinearLif& a, const Kernels& k, std::vector<ChunkSc
       }
       s.counted.spikes[p * a.groups / map.panels()] +=
           k.fire({acc, false, first, row, end - begin, a.out + p, map.panels(), map.valid.data()[p],
-                  a.state ? s.state.data() : nullptr, p * panel},
+                  a.state ? s.state.data() : nullptr, p * panel, a.at_rest},
                  a.neuron);
     }
     if (share > 0) s.counted.input = input;  // counted once

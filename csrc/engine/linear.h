@@ -109,6 +109,7 @@ struct ChunkScratch {
   Buffer<float> patch;   // the inputs of one pixel
   Buffer<uint8_t> read;  // pixels that pooling reads (conv.cpp), and where their sums are
   Buffer<int32_t> sum_of;
+  Buffer<uint64_t> windows;  // of narrow maps
   Counted counted;
 };
 
@@ -200,6 +201,7 @@ struct LinearLif {
   float* state;            // [B, N, outputs], read and written; null: at rest
   int64_t groups = 1;      // outputs that are counted apart: so many equal runs of panels
   float* sums = nullptr;   // [R, outputs]: the sums themselves, without neurons
+  bool at_rest = false;    // neurons begin at rest, and `state` is written only
 };
 
 // Sums [n, panel] of one panel to the rows row[i] of `to`, which has rows of all outputs, or maps

@@ -7,45 +7,126 @@ namespace atsnn {
 namespace ATSNN_LEVEL {
 namespace {
 
+// The input of a strip as windows read it: for each row, timestep, part and place the taps of that
+// part, side by side in a word, nothing where they lie outside. Rows are put together once for all
+// of the kernel_y windows above each other that read them.
+class WindowRows {
+ public:
+  WindowRows(const NarrowConv& a, const NarrowWords& words)
+      : a_(a),
+        words_(words),
+        above_(a.strip.top * a.window.stride_y - a.window.pad_y),
+        next_(above_),
+        places_(a.window.width(a.width)),
+        rows_((a.strip.bottom - a.strip.top - 1) * a.window.stride_y + a.window.kernel_y) {}
+
+  // Puts together what row `y` of the output reads; rows have to come in their order. Returns the
+  // first of it: word (timestep, ky, part, x) is at [((timestep * rows() + ky) * parts + part) *
+  // width + x].
+  const uint64_t* of(int64_t y) {
+    const int64_t first = y * a_.window.stride_y - a_.window.pad_y;
+    for (next_ = std::max(next_, first); next_ < first + a_.window.kernel_y; ++next_) {
+      for (int64_t t = 0; t < a_.T; ++t) put_together(next_, t);
+    }
+    return at(first, 0);
+  }
+  int64_t rows() const { return rows_; }
+
+ private:
+  uint64_t* at(int64_t row, int64_t t) const {
+    return a_.room + (t * rows_ + row - above_) * words_.parts * places_;
+  }
+
+  void put_together(int64_t row, int64_t t) const {
+    const Window& w = a_.window;
+    uint64_t* to = at(row, t);
+    std::fill_n(to, words_.parts * places_, uint64_t(0));
+    if (row < 0 || row >= a_.height) return;
+    const uint64_t* const from = a_.bits + t * a_.step + row * a_.width;
+    for (int64_t kx = 0; kx < w.kernel_x; ++kx) {
+      const auto [begin, end] = w.inside_x(kx, a_.width);
+      const int64_t shift = kx % words_.taps * a_.channels, first = kx - w.pad_x;
+      uint64_t* const part = to + kx / words_.taps * places_;
+      if (w.stride_x == 1) {
+        for (int64_t x = begin; x < end; ++x) part[x] |= from[x + first] << shift;
+      } else {
+        for (int64_t x = begin; x < end; ++x) part[x] |= from[x * w.stride_x + first] << shift;
+      }
+    }
+  }
+
+  const NarrowConv& a_;
+  const NarrowWords words_;
+  const int64_t above_;  // the row of the input that comes first
+  int64_t next_;         // that has not been put together
+  const int64_t places_, rows_;
+};
+
 // Of `n` vectors of outputs.
 template <Charge kind, bool multiply, bool hard, int n>
 NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
   const Constants<float> c = settings;
   constexpr int64_t width = Simd<float>::width;
-  const int64_t taps = a.window.taps(), channels = a.channels;
-  const int64_t outputs = count_bits(a.valid);
-  const int64_t together_taps = word_bits / channels;  // in a word
+  const Window w = a.window;
+  const NarrowWords words(w, a.channels);
+  const int64_t places = w.width(a.width), outputs = count_bits(a.valid);
+  const int64_t row_words = words.parts * places;
+  const int64_t row_bits = w.kernel_x * a.channels, part_bits = words.taps * a.channels;
+  const bool centred = w.pad_y < w.kernel_y && w.pad_x < w.kernel_x;
   vec<float> bias[n];
   for (int i = 0; i < n; ++i) bias[i] = load(a.bias + i * width);
   NarrowCounts counts{};
-  const auto run = [&](int64_t pixel, const Taps& at) {
-    float* const state = a.state ? a.state + pixel * outputs : nullptr;
-    vec<float> v[n];
-    load_state<n>(v, state, outputs, c.v_reset);
-    for (int64_t t = 0; t < a.T; ++t) {
-      const uint64_t* const frame = a.bits + t * a.step;
-      if (at.centre >= 0) counts.input += count_bits(frame[at.centre]);
-      vec<float> sum[n];
-      for (int i = 0; i < n; ++i) sum[i] = bias[i];
-      for (int64_t tap = 0; tap < taps;) {
-        // Bits of pixels side by side are inputs in their order.
-        const float* const weight = a.weight + tap * channels * panel;
-        const int64_t end = std::min(tap + together_taps, taps);
-        uint64_t word = 0;
-        for (int64_t shift = 0; tap < end; ++tap, shift += channels) {
-          if (at[tap] >= 0) word |= frame[at[tap]] << shift;
+  WindowRows input(a, words);
+  for (int64_t y = a.strip.top; y < a.strip.bottom; ++y) {
+    const uint8_t* const wanted = a.strip.wanted ? a.strip.wanted + y * places : nullptr;
+    if (wanted && !std::memchr(wanted, 1, places)) continue;
+    const uint64_t* const windows = input.of(y);
+    const int64_t centre_y = y * w.stride_y;
+    for (int64_t x = 0; x < places; ++x) {
+      if (wanted && !wanted[x]) continue;
+      const int64_t pixel = y * places + x, centre_x = x * w.stride_x;
+      const bool counted = centred && centre_y < a.height && centre_x < a.width;
+      const uint64_t* centre = a.bits + centre_y * a.width + centre_x;
+      const uint64_t* at = windows + x;
+      uint64_t* out = a.out + pixel;
+      float* const state = a.state ? a.state + pixel * outputs : nullptr;
+      vec<float> v[n];
+      load_state<n>(v, a.at_rest ? nullptr : state, outputs, c.v_reset);
+      for (int64_t t = 0; t < a.T; ++t) {
+        if (counted) counts.input += count_bits(*centre);
+        vec<float> sum[n];
+        for (int i = 0; i < n; ++i) sum[i] = bias[i];
+        const float* weight = a.weight;
+        const auto add = [&](uint64_t word, int64_t bits) {
+          each_bit(word, [&](int64_t bit) {
+            for (int i = 0; i < n; ++i) sum[i] += load(weight + bit * panel + i * width);
+          });
+          weight += bits * panel;
+        };
+        for (int64_t ky = 0; ky < w.kernel_y; ky += words.rows) {
+          const uint64_t* const row = at + ky * row_words;
+          if (words.parts > 1) {
+            int64_t left = row_bits;
+            for (int64_t i = 0; i < words.parts; ++i, left -= part_bits) {
+              add(row[i * places], std::min(left, part_bits));
+            }
+            continue;
+          }
+          const int64_t rows = std::min(words.rows, w.kernel_y - ky);
+          uint64_t word = row[0];
+          for (int64_t i = 1; i < rows; ++i) word |= row[i * row_words] << (i * row_bits);
+          add(word, rows * row_bits);
         }
-        each_bit(word, [&](int64_t bit) {
-          for (int i = 0; i < n; ++i) sum[i] += load(weight + bit * panel + i * width);
-        });
+        const uint64_t fires = step_neurons<kind, multiply, hard, n>(v, sum, c) & a.valid;
+        *out = fires;
+        counts.spikes += count_bits(fires);
+        at += input.rows() * row_words;
+        centre += a.step;
+        out += a.out_step;
       }
-      const uint64_t fires = step_neurons<kind, multiply, hard, n>(v, sum, c) & a.valid;
-      a.out[t * a.out_step + pixel] = fires;
-      counts.spikes += count_bits(fires);
+      store_state<n>(v, state, outputs);
     }
-    store_state<n>(v, state, outputs);
-  };
-  each_window(a.window, a.height, a.width, a.strip, 0, run);
+  }
   return counts;
 }
 

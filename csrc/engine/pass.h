@@ -146,7 +146,10 @@ class Pass {
   const bool by_step_;
   const std::array<StemMap, 5> maps_;
   StreamState* state_;
-  int64_t step_ = 0;               // the first timestep of the layouts at hand
+  int64_t step_ = 0;  // the first timestep of the layouts at hand
+  // Whether no neuron has run yet: what lies where membranes are kept is of another call. Tokens
+  // that miss the first timestep miss all, so none of it is read later either.
+  bool at_rest_ = false;
   bool floats_ = false;            // whether the residual stream is `values` rather than `counts`
   Layout layout_{};                // of the rows that are computed: in the masked form all of them
   const int64_t* cell_ = nullptr;  // the computed row of each active row; null: the same

@@ -48,8 +48,9 @@ int64_t Pass::settle(uint64_t* spikes, int64_t stride, const OwnedLayout& active
 
 Counted Pass::linear(const RowInput& in, const SpikeLayer& layer, uint64_t* out, float* state,
                      int64_t groups) {
-  return run_linear_lif({in, &layer.map, layer.neuron, layout_, &ws_.columns, out, state, groups},
-                        k_, ws_.thread);
+  LinearLif linear{in, &layer.map, layer.neuron, layout_, &ws_.columns, out, state, groups};
+  linear.at_rest = at_rest_;
+  return run_linear_lif(linear, k_, ws_.thread);
 }
 
 RowInput Pass::residual() const {
@@ -113,7 +114,8 @@ void Pass::run_block(int64_t l, const OwnedLayout& active, StreamState* state) {
                         C_,
                         c_.num_heads,
                         static_cast<float>(c_.attn_scale),
-                        keep ? at(keep->attn, c_.spike_driven ? C_ : N_ * C_) : nullptr};
+                        keep ? at(keep->attn, c_.spike_driven ? C_ : N_ * C_) : nullptr,
+                        at_rest_};
     int64_t fired = c_.spike_driven
                         ? run_spike_driven_attention(attend, layers.attn, k_, ws_.thread)
                         : run_attention(attend, layers.attn, k_, ws_.attend);

@@ -6,7 +6,7 @@ void Pass::run_sequential() {
   const int64_t tokens = B_ * N_;
   StreamState* state = state_;
   if (!state) {
-    ws_.sequential.start(net_, B_, by_step_);
+    ws_.sequential.reserve(net_, B_, by_step_);
     state = &ws_.sequential;
   }
   const int64_t first = state_ ? b0_ : 0;
@@ -38,6 +38,7 @@ void Pass::run_sequential() {
 void Pass::sequential_step(int64_t t, StreamState* state, float* total, double* features,
                            int64_t* ran, float threshold) {
   step_ = t;
+  at_rest_ = t == 0 && !state_;
   const int64_t tokens = B_ * N_;
   int64_t* steps = ws_.steps.data();
   std::fill_n(steps, tokens, 1);

@@ -30,6 +30,7 @@ const uint64_t* Pass::stem_layer(int i, int64_t T, const float* images, const ui
       images, in,   channels, T, B_, m.side, m.side, still, pool, &map, net_.conv[i].neuron,
       out,    state};
   if (wanted) conv.wanted = wanted->neurons(m);
+  conv.at_rest = at_rest_;
   const Counted counted = run_conv_lif(conv, k_, ws_.thread);
   report_.stem_spikes[2 * i] += counted.input;
   report_.stem_spikes[2 * i + 1] += counted.spikes[0];

@@ -15,6 +15,16 @@ struct Window {
   constexpr int64_t taps() const { return kernel_y * kernel_x; }
   int64_t height(int64_t input) const { return (input + 2 * pad_y - kernel_y) / stride_y + 1; }
   int64_t width(int64_t input) const { return (input + 2 * pad_x - kernel_x) / stride_x + 1; }
+
+  // The pixels x of a row of the output, [begin, end), whose tap `kx` lies inside the input.
+  struct Range {
+    int64_t begin, end;
+  };
+  Range inside_x(int64_t kx, int64_t input) const {
+    const int64_t shift = kx - pad_x;
+    return {shift < 0 ? (stride_x - 1 - shift) / stride_x : 0,
+            std::min(width(input), (input - shift + stride_x - 1) / stride_x)};
+  }
 };
 
 constexpr int64_t most_taps = 64;

@@ -14,6 +14,7 @@ struct Case {
   Sizes sizes;
   int64_t d, heads, C, W, in_stride, out_stride;
   float scale;
+  bool at_rest;
   Array<uint64_t> qkv;  // [R, in_stride]: q, k, v, each of W words
   const Array<uint64_t> fresh;
   std::vector<uint64_t> want;
@@ -33,6 +34,7 @@ struct Case {
         in_stride(3 * W),
         out_stride(W + random.between(0, 1)),
         scale(random.pick({0.125f, 0.25f, 0.3f})),
+        at_rest(random.chance(0.3)),
         qkv(cells.rows * in_stride),
         fresh(cells.rows * out_stride),
         want(copied(fresh)),
@@ -57,9 +59,11 @@ struct Case {
   }
   // What the kernels get; `out` and `state` are overwritten.
   Attend attend(Array<uint64_t>& out, Array<float>& state) const {
-    return {qkv.data(), qkv.data() + W, qkv.data() + 2 * W, in_stride, out.data(),
-            out_stride, sizes.data(),   cells.layout(),     C,         heads,
-            scale,      state.data()};
+    return {qkv.data(),   qkv.data() + W, qkv.data() + 2 * W,
+            in_stride,    out.data(),     out_stride,
+            sizes.data(), cells.layout(), C,
+            heads,        scale,          state.data(),
+            at_rest};
   }
 };
 
@@ -90,6 +94,7 @@ void check_attention(uint64_t seed) {
       }
       for (int64_t i = 0; i < c.d; ++i) {
         float& membrane = v[(b * cells.N + token) * c.C + first + i];
+        if (c.at_rest && t == 0) membrane = c.p.v_reset;
         if (neuron_step(c.p, float(sum[i]) * c.scale, membrane)) c.fire(row, first + i);
       }
     }
@@ -131,6 +136,7 @@ void check_spike_driven_attention(uint64_t seed) {
   const auto start = random_state(c.random, c.random.chance(0.5), cells.B * c.C);
   std::vector<float> v =
       start.size() ? copied(start) : std::vector<float>(cells.B * c.C, float(c.p.v_reset));
+  if (c.at_rest) std::fill(v.begin(), v.end(), float(c.p.v_reset));
   for (int64_t i = 0; i < cells.T * cells.B * c.C; ++i) {
     const int64_t t = i / (cells.B * c.C), b = i / c.C % cells.B, channel = i % c.C;
     float sum = 0;

@@ -83,8 +83,9 @@ void check_conv(uint64_t seed) {
   do {
     height = random.pick<int64_t>({1, 2, 3, 4, 5, 7, 13, 20});
     width = random.pick<int64_t>({1, 2, 3, 4, 5, 7, 13, 20});
-    channels = floats ? random.pick<int64_t>({1, 2, 3, 5, 16})
-                      : random.pick<int64_t>({1, 3, 16, 49, 50, 64, 100, 149, 150, 200, 400});
+    channels =
+        floats ? random.pick<int64_t>({1, 2, 3, 5, 16})
+               : random.pick<int64_t>({1, 3, 6, 9, 16, 24, 49, 50, 64, 100, 149, 150, 200, 400});
     outputs = random.pick<int64_t>({1, 3, 16, 33, 64, 65, 130});
   } while (T * B * height * width * channels * outputs > 400000);
   const Window window = random_window(random, height, width, {});
@@ -111,6 +112,7 @@ void check_conv(uint64_t seed) {
   const Map map(random, outputs, window.taps() * channels);
   const NeuronParams p = random_neuron(random);
   const auto start = random_state(random, random.chance(0.5), B * h * w * outputs);
+  const bool at_rest = random.chance(0.3);
   // The pixels whose neurons run, and those of the sums that they read.
   Array<uint8_t> wanted(some ? B * h * w : 0);
   const double share = random.pick({0.0, 0.05, 0.5, 1.0});
@@ -150,6 +152,9 @@ void check_conv(uint64_t seed) {
   std::vector<uint64_t> want(T * B * h * w * W);
   std::vector<float> v =
       start.size() ? copied(start) : std::vector<float>(B * h * w * outputs, float(p.v_reset));
+  for (int64_t i = 0; at_rest && T > 0 && i < int64_t(v.size()); ++i) {
+    if (!some || wanted[i / outputs]) v[i] = p.v_reset;
+  }
   for (int64_t i = 0; i < T * B * h * w; ++i) {
     const int64_t t = still ? 0 : i / (B * h * w), b = i / (h * w) % B, y = i / w % h, x = i % w;
     if (some && !wanted[i % (B * h * w)]) continue;
@@ -175,9 +180,9 @@ void check_conv(uint64_t seed) {
       (floats          ? still ? ", still" : ", floats"
        : counted_input ? ", counts"
                        : ", bits") +
-      (pool ? ", pooled" : "") + (some ? ", some pixels" : "") + ", window " +
-      std::to_string(window.kernel_y) + " x " + std::to_string(window.kernel_x) + " / " +
-      std::to_string(window.stride_y) + " " + std::to_string(window.stride_x) + " + " +
+      (pool ? ", pooled" : "") + (at_rest ? ", at rest" : "") + (some ? ", some pixels" : "") +
+      ", window " + std::to_string(window.kernel_y) + " x " + std::to_string(window.kernel_x) +
+      " / " + std::to_string(window.stride_y) + " " + std::to_string(window.stride_x) + " + " +
       std::to_string(window.pad_y) + " " + std::to_string(window.pad_x);
   each_kernels("conv", seed, name, [&](const Kernels& k) {
     std::vector<ChunkScratch> threads(random.pick({1, 1, 2, 5}));
@@ -201,6 +206,7 @@ void check_conv(uint64_t seed) {
     a.out = out.data();
     a.state = state.data();
     if (some) a.wanted = wanted.data();
+    a.at_rest = at_rest;
     const Counted got = run_conv_lif(a, k, threads);
     CHECK_SAME(out, want);
     CHECK_SAME(state, v);
@@ -233,6 +239,7 @@ void check_conv(uint64_t seed) {
     a.state = carried.data();
     for (int64_t t = 0; t < T; ++t) {
       a.out = split.data() + t * B * h * w * W;
+      a.at_rest = at_rest && t == 0;
       if (floats) a.images = images.data() + (still ? 0 : t * B * channels * pixels);
       if (counted_input) a.counts = counts.data() + t * B * pixels * channels;
       if (!floats && !counted_input) a.bits = bits.data() + t * B * pixels * words(channels);

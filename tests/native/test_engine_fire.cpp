@@ -11,7 +11,7 @@ void check_fire(uint64_t seed) {
   const int64_t channels = random.chance(0.3) ? panel : random.between(1, panel);
   const int64_t columns = random.between(0, 9), stride = random.between(1, 3);
   const int64_t offset = random.pick<int64_t>({0, 3, 64});
-  const bool still = random.chance(0.4), keeps = random.chance(0.5);
+  const bool still = random.chance(0.4), keeps = random.chance(0.5), at_rest = random.chance(0.3);
   Array<int32_t> first(columns + 1);
   first[0] = 0;
   for (int64_t i = 0; i < columns; ++i) first[i + 1] = first[i] + random.between(0, 5);
@@ -40,6 +40,7 @@ void check_fire(uint64_t seed) {
     for (int64_t c = 0; c < channels; ++c) {
       float rest = p.v_reset;
       float& v = keeps ? want_state[col][offset + c] : rest;
+      if (at_rest) v = rest;
       for (int64_t step = first[col]; step < first[col + 1]; ++step) {
         const bool fires = neuron_step(p, acc[(still ? col : step) * panel + c], v);
         want[row[step] * stride] |= uint64_t(fires) << c;
@@ -64,7 +65,8 @@ void check_fire(uint64_t seed) {
                  stride,
                  valid_bits(channels, 0),
                  keeps ? pointers.data() : nullptr,
-                 offset};
+                 offset,
+                 at_rest};
     CHECK(k.fire(a, p) == spikes);
     CHECK_SAME(out, want);
     for (int64_t i = 0; i < columns; ++i) CHECK_SAME(state[i], want_state[i]);

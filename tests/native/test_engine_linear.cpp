@@ -73,6 +73,7 @@ void check_linear(uint64_t seed) {
   if (random.chance(0.5)) gathered = gather_weights({&packed});
   const int64_t panels = packed.panels(), part = words(outputs);
   const auto start = random_state(random, random.chance(0.5), B * N * packed.outputs);
+  const bool at_rest = random.chance(0.3);
 
   std::vector<uint64_t> want(cells.rows * panels);
   std::vector<float> want_sums(groups == 1 ? cells.rows * outputs : 0);
@@ -80,7 +81,7 @@ void check_linear(uint64_t seed) {
   Counted counted;
   std::vector<float> rest(want_state.empty() ? B * N * packed.outputs : 0, float(p.v_reset));
   float* const v = want_state.empty() ? rest.data() : want_state.data();
-  each_cell(cells, [&](int64_t, int64_t b, int64_t token, int64_t row) {
+  each_cell(cells, [&](int64_t t, int64_t b, int64_t token, int64_t row) {
     for (int64_t i = 0; i < inputs; ++i) counted.input += x.at(row, i);
     for (int64_t g = 0; g < groups; ++g) {
       std::vector<float> sums = maps[g].bias;
@@ -92,7 +93,9 @@ void check_linear(uint64_t seed) {
       if (groups == 1) std::copy(sums.begin(), sums.end(), want_sums.data() + row * outputs);
       for (int64_t o = 0; o < outputs; ++o) {
         const int64_t at = g * part * panel + o;
-        if (!neuron_step(p, sums[o], v[(b * N + token) * packed.outputs + at])) continue;
+        float& membrane = v[(b * N + token) * packed.outputs + at];
+        if (at_rest && t == 0) membrane = p.v_reset;
+        if (!neuron_step(p, sums[o], membrane)) continue;
         set_bit(want, panels, row, at);
         ++counted.spikes[g];
       }
@@ -108,9 +111,9 @@ void check_linear(uint64_t seed) {
     Array<float> state(copied(start));
     Columns columns;
     columns.set(cells.layout());
-    const Counted got = run_linear_lif(
-        {x.input(0), &packed, p, cells.layout(), &columns, out.data(), state.data(), groups}, k,
-        threads);
+    const Counted got = run_linear_lif({x.input(0), &packed, p, cells.layout(), &columns,
+                                        out.data(), state.data(), groups, nullptr, at_rest},
+                                       k, threads);
     CHECK_SAME(out, want);
     CHECK_SAME(state, want_state);
     CHECK(got.input == counted.input);
@@ -132,9 +135,10 @@ void check_linear(uint64_t seed) {
     for (int64_t t = 0; t < T; ++t) {
       const OneStep step(cells.layout(), t);
       columns.set(step.layout);
-      sum += run_linear_lif({x.input(step.first), &packed, p, step.layout, &columns,
-                             split.data() + step.first * panels, carried.data(), groups},
-                            k, used);
+      sum += run_linear_lif(
+          {x.input(step.first), &packed, p, step.layout, &columns,
+           split.data() + step.first * panels, carried.data(), groups, nullptr, at_rest && t == 0},
+          k, used);
     }
     CHECK_SAME(split, want);
     CHECK_SAME(carried, want_state);

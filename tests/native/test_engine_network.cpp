@@ -128,7 +128,7 @@ struct NetworkCase {
   // In parts of one timestep or more, which must give what one call gave.
   void check_stream(const Results& want, const Kernels& k, bool masked, int64_t most) {
     StreamState state;
-    state.start(engine.network(), B, true);
+    state.start(engine.network(), B);
     const int64_t cells = B * want.N;
     for (int64_t t = 0, steps; t < T; t += steps) {
       steps = std::min(T - t, random.between(1, most));
