@@ -401,7 +401,7 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     const bool narrow = is_narrow(a);
     int64_t rows = (narrow ? narrow_strip_rows : strip_rows) / (width * steps);
     // A single image is for all threads.
-    if (narrow && threads > 1) rows = std::min(rows, a.B * height / (2 * threads));
+    if (threads > 1) rows = std::min(rows, a.B * height / (2 * threads));
     rows = std::clamp<int64_t>(rows, 1, height);
     const int64_t strips = (height + rows - 1) / rows, panels = a.map->panels();
     const int64_t shares = shares_of(a.B * strips, panels, threads);
