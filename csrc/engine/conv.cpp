@@ -399,11 +399,12 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
   } else {
     const int64_t steps = a.still ? 1 : a.T;
     const bool narrow = is_narrow(a);
+    const int64_t panels = a.map->panels();
     int64_t rows = (narrow ? narrow_strip_rows : strip_rows) / (width * steps);
-    // A single image is for all threads.
-    if (threads > 1) rows = std::min(rows, a.B * height / (2 * threads));
+    // Where images and panels are few, strips are for all threads.
+    if (threads > 1) rows = std::min(rows, a.B * panels * height / (2 * threads));
     rows = std::clamp<int64_t>(rows, 1, height);
-    const int64_t strips = (height + rows - 1) / rows, panels = a.map->panels();
+    const int64_t strips = (height + rows - 1) / rows;
     const int64_t shares = shares_of(a.B * strips, panels, threads);
     for (ChunkScratch& s : scratch) {
       if (narrow) {

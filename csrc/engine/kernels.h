@@ -105,9 +105,9 @@ struct NarrowConv {
   uint64_t valid;              // outputs that exist
   uint64_t* out;               // pixel p at timestep t: out[t * out_step + p]
   int64_t out_step;
-  float* state;  // of each pixel of the image, `valid` channels, read and written; null: at rest
+  float* state;    // of each pixel of the image, `valid` channels, read and written; null: at rest
+  uint64_t* room;  // NarrowWords::room of scratch
   bool at_rest = false;  // neurons begin at rest, and `state` is written only
-  uint64_t* room;        // NarrowWords::room of scratch
 };
 struct NarrowCounts {
   int64_t input, spikes;

@@ -20,6 +20,25 @@ ATSNN_INLINE void list_lanes(__m512i first, __mmask16 some, uint16_t* index) {
   const __m512i set = _mm512_maskz_compress_epi32(some, _mm512_add_epi32(first, lane));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(index), _mm512_cvtepi32_epi16(set));
 }
+
+// The same with their values; returns how many there are.
+ATSNN_INLINE int64_t list_values(int64_t first, __mmask16 some, __m512 x, uint16_t* index,
+                                 float* value) {
+  list_lanes(_mm512_set1_epi32(static_cast<int>(first)), some, index);
+  _mm512_storeu_ps(value, _mm512_maskz_compress_ps(some, x));
+  return count_bits(some);
+}
+#else
+// Lists first + i for each set bit i, with x[i]; returns how many there are.
+template <class X>
+ATSNN_INLINE int64_t list_values(int64_t first, uint64_t some, const X* x, uint16_t* index,
+                                 float* value) {
+  each_bit(some, [&](int64_t bit) {
+    *index++ = static_cast<uint16_t>(first + bit);
+    *value++ = x[bit];
+  });
+  return count_bits(some);
+}
 #endif
 
 int64_t list_bits(const uint64_t* bits, int64_t n, int64_t base, uint16_t* index) {
@@ -47,16 +66,11 @@ int64_t list_bytes(const uint8_t* x, int64_t n, int64_t base, uint16_t* index, f
     const __m128i bytes = _mm_maskz_loadu_epi8(lanes, x + i);
     const __mmask16 some = _mm_test_epi8_mask(bytes, bytes);
     const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-    list_lanes(_mm512_set1_epi32(static_cast<int>(base + i)), some, index + found);
-    _mm512_storeu_ps(value + found, _mm512_maskz_compress_ps(some, wide));
-    found += count_bits(some);
+    found += list_values(base + i, some, wide, index + found, value + found);
   }
 #else
   const auto list = [&](uint64_t some, int64_t i) {
-    each_bit(some, [&](int64_t bit) {
-      index[found] = static_cast<uint16_t>(base + i + bit);
-      value[found++] = x[i + bit];
-    });
+    found += list_values(base + i, some, x + i, index + found, value + found);
   };
   int64_t i = 0;
 #if defined(__x86_64__)
@@ -77,17 +91,12 @@ int64_t list_floats(const float* x, int64_t n, int64_t base, uint16_t* index, fl
     const __mmask16 lanes = static_cast<__mmask16>(valid_bits(n - i, 0));
     const __m512 v = _mm512_maskz_loadu_ps(lanes, x + i);
     const __mmask16 some = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    list_lanes(_mm512_set1_epi32(static_cast<int>(base + i)), some, index + found);
-    _mm512_storeu_ps(value + found, _mm512_maskz_compress_ps(some, v));
-    found += count_bits(some);
+    found += list_values(base + i, some, v, index + found, value + found);
   }
 #else
   constexpr int64_t width = Simd<float>::width;
   const auto list = [&](uint64_t some, int64_t i) {
-    each_bit(some, [&](int64_t bit) {
-      index[found] = static_cast<uint16_t>(base + i + bit);
-      value[found++] = x[i + bit];
-    });
+    found += list_values(base + i, some, x + i, index + found, value + found);
   };
   int64_t i = 0;
   for (; i + width <= n; i += width) list(differs(load(x + i), 0.0f), i);
