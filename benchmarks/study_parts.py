@@ -202,7 +202,7 @@ def _pixels() -> Part:
         "Cluttered digits, pixel by pixel",
         "the same scenes; for every pixel the class of the digit it is of, or background. The "
         "first phase has 2 timesteps, the second 6",
-        _scenes(4, num_classes=11, task="pixels", depth=2),
+        _scenes(8, num_classes=11, task="pixels", depth=2),
         {"epochs": 2, "lr": 0.005, "warmup": 0.1, "T": 6},
         {
             # A timestep without a block does not exist: the network has fewer.
