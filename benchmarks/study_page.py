@@ -19,9 +19,10 @@ import study
 import torch
 from scipy import stats
 from study_parts import PARTS, Part
+from study_picture import kind_of, picture
 
 from atsnn import ATSpikformer, SpikformerConfig, cost
-from atsnn.bench.plots import COLOURS, Plot, save
+from atsnn.bench.plots import save
 from atsnn.sheets import percent
 from atsnn.sweep.output import Summary, summaries, with_spread
 
@@ -248,45 +249,6 @@ def details(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def kind_of(label: str) -> str:
-    """What a method is drawn as."""
-    for kind in ("halting", "static", "merging"):
-        if label.startswith(kind):
-            return kind
-    return "plain" if label == PLAIN else "other"
-
-
-KINDS = ("plain", "halting", "static", "merging", "other")
-MARKS = dict(zip(KINDS, "D^sov", strict=True))
-
-
-def picture(part: Part, rows: Sequence[Mapping[str, Any]]) -> Plot:
-    """Accuracy against the share of cells, one point a method."""
-    value = _value(rows)
-    found = summaries(rows)
-
-    def draw(axes: Any) -> None:
-        seen: set[str] = set()
-        for s in found:
-            kind = kind_of(s.label)
-            spread = s.spread(value)
-            axes.errorbar(
-                100 * (s.mean("cells") or 0), 100 * (s.mean(value) or 0),
-                yerr=None if spread is None else 100 * spread, capsize=2, elinewidth=0.8,
-                marker=MARKS[kind], color=COLOURS[KINDS.index(kind)], markersize=5,
-                linestyle="none", label=None if kind in seen else kind,
-            )  # fmt: skip
-            seen.add(kind)
-        axes.set_xlabel("share of cells executed, %")
-        axes.set_ylabel(f"{NAMES[value]}, %")
-        axes.grid(alpha=0.25)
-        axes.set_xlim(0, 105 * max([1.0, *(s.mean("cells") or 0 for s in found)]))
-        axes.margins(y=0.2)
-        axes.legend(fontsize=7, frameon=False, loc="best")
-
-    return Plot(part.title, draw, f"{part.title}: {NAMES[value]} against share of cells executed.")
-
-
 def figures(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """A row a task and method, for machines."""
     return [
@@ -326,7 +288,11 @@ def main() -> None:
                 for name in PARTS} | texts)  # fmt: skip
     fill(README, {"headline": headline(parts)})
     FIGURES.write_text(json.dumps(figures(parts), indent=1) + "\n")
-    save([picture(PARTS[name](), rows) for name, rows in parts.items()], DOCS / "study.png")
+    pictures = [
+        picture(PARTS[name]().title, NAMES[value], summaries(rows), value)
+        for name, rows in parts.items() for value in [_value(rows)]
+    ]  # fmt: skip
+    save(pictures, DOCS / "study.png")
 
 
 if __name__ == "__main__":

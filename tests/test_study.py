@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ sys.path.append(str(HERE.parent / "benchmarks"))
 import study  # noqa: E402
 import study_page  # noqa: E402
 import study_parts  # noqa: E402
+import study_picture  # noqa: E402
 
 from atsnn import SpikformerConfig  # noqa: E402
 from atsnn.sweep.output import Summary  # noqa: E402
@@ -184,6 +187,35 @@ def test_differences_are_paired_by_seed():
         -0.2: "worse beyond the noise", -0.1: "no difference beyond the noise",
         0.1: "no difference beyond the noise", 0.2: "better beyond the noise",
     }  # fmt: skip
+
+
+def test_every_point_has_its_name_and_no_name_hides_another():
+    """Twenty methods in a corner, some of them at the very same place; by what is drawn."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import figure as figures
+    from matplotlib import text as texts
+
+    rng = random.Random(0)
+    found = [
+        Summary(
+            rng.choice(study_picture.KINDS) + f" of number {n}",
+            ({"accuracy": 0.8 + 0.01 * (n % 3), "cells": (1.0, 0.01, 0.5)[n % 3]},) * (1 + n % 2),
+        )
+        for n in range(20)
+    ]
+    size = (study_picture.WIDTH, study_picture.HEIGHT)
+    figure = figures.Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    plot = study_picture.picture("A title", "test accuracy", found, "accuracy")
+    axes.set_title(plot.title)
+    plot.draw(axes)
+    figure.draw_without_rendering()
+    assert sorted(text.get_text() for text in axes.texts) == sorted(s.label for s in found)
+    frame = axes.get_window_extent()
+    # Of the text alone, without the line to its point; of its height, what letters take.
+    boxes = [texts.Text.get_window_extent(text).shrunk(1, 0.6) for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(frame.x0 - 5 < box.x0 and box.x1 < frame.x1 + 5 for box in boxes)
 
 
 def test_tables_are_put_between_their_marks(tmp_path):
