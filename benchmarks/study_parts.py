@@ -212,8 +212,9 @@ def _pixels() -> Part:
             "static 2,1": {**static(2, 1), "T": 2},
             "plain": PLAIN,
             "static 1,1,1,1,1,1": static(1, 1, 1, 1, 1, 1),
-            "merging": {**PLAIN, "merge_r": 128},
-            "merging, random pairs": {**PLAIN, "merge_r": 128, "merge_match": "random"},
+            # Of 128 pairs that there are; chosen on held-out images, of 32, 64, 96 and 128.
+            "merging": {**PLAIN, "merge_r": 96},
+            "merging, random pairs": {**PLAIN, "merge_r": 96, "merge_match": "random"},
         },
         headline=("halting", "static 1,1,1", "static 2,1"), more=5,
         pairs=(("halting", "plain"), ("halting", "static 1,1,1"), ("halting", "static 2,1"),

@@ -98,7 +98,8 @@ def partners_kernel(
         others = tl.load(squares + base + j, mask=j < N, other=0.0)
         norm = square[:, None] * others[None, :]
         # No square root: equal ratios of whole numbers are then equal bits.
-        cosine2 = tl.where(norm > 0, dot * dot / tl.where(norm > 0, norm, 1.0), 0.0)
+        silent = tl.where(square[:, None] == others[None, :], 1.0, 0.0).to(tl.float64)  # both
+        cosine2 = tl.where(norm > 0, dot * dot / tl.where(norm > 0, norm, 1.0), silent)
         pair = (first >= 0) & (first % 2 == 0)
         pair = pair[:, None] & (second[None, :] == first[:, None] + 1)
         cosine2 = tl.where(pair, cosine2, -1.0)

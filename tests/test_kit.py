@@ -407,10 +407,17 @@ def match(counts, *, r=None, threshold=None, active_steps=None, bug=None, **sett
         back = None if active_steps is None else active_steps.flip(1)
         plan = F.match_tokens(counts.flip(1), r=r, threshold=threshold, active_steps=back)
         return MergePlan.of(counts.shape[1] - 1 - plan.target.flip(1))
-    if bug == "product of counts":
+    if bug in ("product of counts", "silent tokens like no other"):
         same = reference.firing_similarity
+
+        def product(c):
+            return c.double() @ c.double().transpose(1, 2)
+
+        def cosine(c):
+            return same(c) * (product(c) > 0)
+
         try:
-            reference.firing_similarity = lambda c: c.double() @ c.double().transpose(1, 2)
+            reference.firing_similarity = product if bug == "product of counts" else cosine
             return reference.match_tokens(counts, r, threshold, active_steps)
         finally:
             reference.firing_similarity = same
@@ -468,6 +475,7 @@ OTHERS = {
         "lifetimes ignored": ["equal lifetimes only", "tokens that never run stay out"],
         "at the threshold": ["no pair at the threshold itself"],
         "product of counts": ["a cosine, no product of counts"],
+        "silent tokens like no other": ["silent tokens are alike"],
     },
     (merge, "merge_tokens"): {
         "sizes forgotten": ["means weighed by size", "gradient, by size"],

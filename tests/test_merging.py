@@ -40,7 +40,7 @@ def match_by_definition(counts, lifetimes, r, threshold):
             for b in members[1::2]:
                 dot = sum(int(x) * int(y) for x, y in zip(counts[a], counts[b], strict=True))
                 aa, bb = (sum(int(x) ** 2 for x in counts[i]) for i in (a, b))
-                cosine = Fraction(dot * dot, aa * bb) if aa and bb else Fraction(0)
+                cosine = Fraction(dot * dot, aa * bb) if aa and bb else Fraction(aa == bb)
                 if best is None or cosine > best[0]:
                     best = (cosine, b)
             if best is not None:
@@ -112,12 +112,18 @@ def test_properties_of_merging(case, r, match):
     assert torch.equal(back[:, kept], x[:, kept]), "tokens that nothing joined come back"
 
 
-def test_silent_tokens_have_similarity_zero():
-    counts = torch.zeros(1, 4, 3)
-    assert torch.equal(reference.firing_similarity(counts), torch.zeros(1, 4, 4).double())
-    # They still pair when asked for a number: 0 and 2 with the first of the second set.
-    assert F.match_tokens(counts, r=2).target.tolist() == [[1, 1, 1, 3]]
-    assert not F.match_tokens(counts, threshold=0.0).merged.any()
+def test_silent_tokens_are_alike_and_like_no_other():
+    counts = torch.tensor([[[0, 0], [2, 1], [1, 2], [0, 0], [0, 0], [0, 0]]]).float()
+    similarity = reference.firing_similarity(counts)[0]
+    silent = torch.tensor([True, False, False, True, True, True])
+    assert torch.equal(similarity[silent][:, silent], torch.ones(4, 4).double())
+    assert not similarity[silent][:, ~silent].any() and not similarity[~silent][:, silent].any()
+    # They merge before tokens that fired nearly alike, and above any threshold below 1.
+    for backend in ("reference", "native"):
+        plan = F.match_tokens(counts, r=2, backend=backend)
+        assert plan.target.tolist() == [[3, 1, 2, 3, 3, 5]], backend
+        plan = F.match_tokens(counts, threshold=0.99, backend=backend)
+        assert plan.target.tolist() == [[3, 1, 2, 3, 3, 5]], backend
 
 
 def test_random_matching_is_seeded():

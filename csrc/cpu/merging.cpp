@@ -158,8 +158,8 @@ void best_partners(const A* counts, const int64_t* lifetime, int64_t N, int64_t 
       dots(counts + a * C, scratch_rows, others, C, dot);
       for (int64_t j = 0; j < others; ++j) {
         // No square root: equal ratios of whole numbers are then equal bits.
-        const double norm = square[a] * square[second[j]];
-        const double cosine2 = norm > 0 ? dot[j] * dot[j] / norm : 0.0;
+        const double other = square[second[j]], norm = square[a] * other;
+        const double cosine2 = norm > 0 ? dot[j] * dot[j] / norm : square[a] == other ? 1.0 : 0.0;
         if (cosine2 > similarity[a]) {
           similarity[a] = cosine2;
           partner[a] = second[j];

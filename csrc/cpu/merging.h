@@ -50,9 +50,9 @@ template <class A>
 using Dots = void (*)(const A* a, const A* const* b, int64_t n, int64_t C, double* dots);
 
 // The best partner of each token and the square of their cosine, in one image (ties to the lower
-// index; counts are not negative, so the square orders as the cosine does):
-// tokens of equal lifetime > 0, in index order, are split alternately into two sets; partner[k] is
-// -1 for tokens of the second set and those without a partner.
+// index; counts are not negative, so the square orders as the cosine does). Of two silent tokens it
+// is 1, of a silent and a firing one 0. Tokens of equal lifetime > 0, in index order, are split
+// alternately into two sets; partner[k] is -1 for tokens of the second set and those without one.
 // counts [N, C]; scratch_rows holds N elements, the other scratch_* 2 * N each.
 template <class A>
 void best_partners(const A* counts, const int64_t* lifetime, int64_t N, int64_t C, Dots<A> dots,

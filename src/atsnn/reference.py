@@ -506,15 +506,17 @@ def firing_counts(keys: Tensor) -> Tensor:
 def firing_similarity(counts: Tensor) -> Tensor:
     """Squared cosine of firing counts ``[B, N, C]``: ``[B, N, N]`` float64.
 
-    ``dot(a, b)^2 / (|a|^2 |b|^2)`` from exact integers; 0 where either token is silent. Counts are
-    not negative, so it orders as the cosine does; and without a square root equal ratios are equal
-    bits, so that ties are ties.
+    ``dot(a, b)^2 / (|a|^2 |b|^2)`` from exact integers; 1 where both tokens are silent, which is to
+    fire alike, and 0 where one of them is. Counts are not negative, so it orders as the cosine
+    does; and without a square root equal ratios are equal bits, so that ties are ties.
     """
     c = counts.double()
     dot = c @ c.transpose(1, 2)
     square = dot.diagonal(dim1=1, dim2=2)
     norm = square.unsqueeze(2) * square.unsqueeze(1)
-    return torch.where(norm > 0, dot * dot / norm.clamp(min=1), torch.zeros_like(dot))
+    silent = square == 0
+    both = (silent.unsqueeze(2) & silent.unsqueeze(1)).to(dot.dtype)
+    return torch.where(norm > 0, dot * dot / norm.clamp(min=1), both)
 
 
 def match_tokens(

@@ -254,7 +254,8 @@ void check_partners(int i, Level level) {
     for (int64_t b = 0; b < N && in_first_set(a) && lifetime[a] > 0; ++b) {
       if (lifetime[b] != lifetime[a] || in_first_set(b)) continue;
       const double norm = dot(a, a) * dot(b, b);
-      const double cosine2 = norm > 0 ? dot(a, b) * dot(a, b) / norm : 0;
+      const bool alike = dot(a, a) == 0 && dot(b, b) == 0;
+      const double cosine2 = norm > 0 ? dot(a, b) * dot(a, b) / norm : alike;
       if (cosine2 <= best) continue;
       best = cosine2;
       want[a] = b;

@@ -83,7 +83,8 @@ def match_tokens(
     r : int, optional
         Number of pairs an image merges at most.
     threshold : float, optional
-        Merge every pair whose cosine similarity exceeds it. Exactly one of ``r``, ``threshold``.
+        Merge every pair whose cosine similarity exceeds it; that of two silent tokens is 1, of a
+        silent and a firing one 0. Exactly one of ``r``, ``threshold``.
     sizes : Tensor, optional
         ``[B, N]``; accepted for symmetry with :func:`merge_tokens`, checked, not used.
     active_steps : Tensor, optional

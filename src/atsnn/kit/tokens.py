@@ -121,8 +121,9 @@ def _match() -> Iterator[Case]:
     yield case("pairs above the threshold", counts([[[1, 0], [2, 0], [1, 1], [1, 2]]]),
                threshold=0.97)  # fmt: skip
     yield case("no pair at the threshold itself", counts([[[1, 0], [2, 0]]]), threshold=1.0)
-    yield case("a silent token is like no other", counts([[[0, 0], [1, 2], [3, 1], [0, 0]]]),
-               threshold=0.0)  # fmt: skip
+    yield case("a silent token is like none that fires",
+               counts([[[0, 0], [1, 2], [3, 1], [0, 0]]]), threshold=0.0)  # fmt: skip
+    yield case("silent tokens are alike", counts([[[1, 1], [2, 1], [0, 0], [0, 0]]]), r=1)
 
     def lives(steps: list[int]) -> Callable[[], Arguments]:
         return lambda: same() | {"active_steps": torch.tensor([steps] * 2)}
