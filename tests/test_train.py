@@ -14,6 +14,7 @@ import torch
 
 import atsnn
 from atsnn import data
+from atsnn.bench.subject import with_changes
 from atsnn.checks import CheckpointError, InvalidValue
 from atsnn.nn.blocks import Context
 from atsnn.schedule import directed, is_directed
@@ -148,6 +149,24 @@ def test_evaluation_leaves_the_modes_of_modules_alone():
     evaluate(model, few)
     atsnn.cost(model, few.images)
     assert model.training and model.block.training and not model.patch_embed.training
+
+
+def test_evaluation_draws_the_same_pairs_and_takes_nothing_from_the_caller():
+    """With random matching, whatever was drawn before; a number in a document is found again."""
+    settings = {"merge_r": 8, "merge_match": "random"}
+    model = with_changes(atsnn.from_pretrained("digits"), **settings)
+    split = data.load("digits", 32)["test"][:60]
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append((evaluate(model, split).loss, atsnn.cost(model, split.images[:8]).sops.total))
+        assert torch.equal(torch.get_rng_state(), before)
+        with torch.no_grad():
+            drawn = model(split.images, return_trace=True).source
+        assert not torch.equal(torch.get_rng_state(), before), "outside the caller's seed counts"
+        found[-1] += (drawn,)
+    assert found[0][:2] == found[1][:2] and not torch.equal(found[0][2], found[1][2])
 
 
 def test_it_learns(tmp_path):

@@ -342,11 +342,21 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in."""
+    """Evaluation mode inside; afterwards every module is in the mode it was in.
+
+    Random matching draws the same pairs whenever a model is evaluated, and the caller's generators
+    do not notice.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     model.eval()
     try:
-        yield
+        with torch.random.fork_rng(devices=[device.index for device in devices]):
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(0)
+            yield
     finally:
         for module, training in modes:
             module.training = training
