@@ -44,19 +44,23 @@ def picture(title: str, measure: str, found: Sequence[Summary], value: str) -> P
         for s in found:
             spread = s.spread(value)
             axes.errorbar(
-                100 * (s.mean("cells") or 0), 100 * (s.mean(value) or 0),
-                yerr=None if spread is None else 100 * spread, capsize=2, elinewidth=0.8,
-                marker=MARKS[kind_of(s.label)], color=_colour(s), markersize=5, linestyle="none",
+                *_point(s, value), yerr=None if spread is None else 100 * spread, capsize=2,
+                elinewidth=0.8, marker=MARKS[kind_of(s.label)], color=_colour(s), markersize=5,
+                linestyle="none",
             )  # fmt: skip
         axes.set_xlabel("share of cells executed, %")
         axes.set_ylabel(f"{measure}, %")
         axes.grid(alpha=0.25)
-        axes.set_xlim(0, 105 * max([1.0, *(s.mean("cells") or 0 for s in found)]))
+        axes.set_xlim(0, 1.05 * max([100.0, *(_point(s, value)[0] for s in found)]))
         axes.margins(y=0.15)
         axes.set_ylim(axes.get_ylim())  # now, as names go where points are
         _name(axes, found, value)
 
     return Plot(title, draw, f"{title}: {measure} against share of cells executed.")
+
+
+def _point(s: Summary, value: str) -> tuple[float, float]:
+    return 100 * (s.mean("cells") or 0), 100 * (s.mean(value) or 0)
 
 
 def _colour(s: Summary) -> str:
@@ -71,13 +75,13 @@ def _name(axes: Any, found: Sequence[Summary], value: str) -> None:
     to_axes = axes.transData + axes.transAxes.inverted()
     at = []
     for s in found:
-        x, y = to_axes.transform((100 * (s.mean("cells") or 0), 100 * (s.mean(value) or 0)))
+        x, y = to_axes.transform(_point(s, value))
         at.append((float(x) * ACROSS, float(y) * UP, s))
     taken: list[Box] = [(x - 3, x + 3, y - 3, y + 3) for x, y, _ in at]
     for x, y, s in sorted(at, key=lambda one: one[:2]):
         dx, dy, box = next(
-            found for found in _places(x, y, CHARACTER * len(s.label))
-            if not any(_overlap(found[2], other) for other in taken)
+            place for place in _places(x, y, CHARACTER * len(s.label))
+            if not any(_overlap(place[2], other) for other in taken)
         )  # fmt: skip
         taken.append(box)
         axes.annotate(

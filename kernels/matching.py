@@ -97,8 +97,9 @@ def partners_kernel(
         second = tl.load(sets + base + j, mask=j < N, other=-1)
         others = tl.load(squares + base + j, mask=j < N, other=0.0)
         norm = square[:, None] * others[None, :]
-        # No square root: equal ratios of whole numbers are then equal bits.
-        silent = tl.where(square[:, None] == others[None, :], 1.0, 0.0).to(tl.float64)  # both
+        # No square root: equal ratios of whole numbers are then equal bits. Where a token is
+        # silent there is no ratio, and equal squares are those of two silent tokens.
+        silent = tl.where(square[:, None] == others[None, :], 1.0, 0.0).to(tl.float64)
         cosine2 = tl.where(norm > 0, dot * dot / tl.where(norm > 0, norm, 1.0), silent)
         pair = (first >= 0) & (first % 2 == 0)
         pair = pair[:, None] & (second[None, :] == first[:, None] + 1)

@@ -136,11 +136,12 @@ def test_strides():
 
 @pytest.mark.parametrize("settings", [(3, None), (100, None), (0, None), (None, 0.9), (None, -1.0)])
 def test_partners_are_exact_where_float32_is_not(settings):
-    """Products far above 2^24, cosines that differ in the last bits, and ties."""
+    """Products far above 2^24, cosines that differ in the last bits, ties, and silent tokens."""
     numbers = Numbers(4)
     base = numbers.integers(60_000, 60_040, (1, 1, 40))
     counts = base + numbers.integers(0, 1, (2, 70, 40))
     counts[:, 30:40] = counts[:, 20:30]
+    counts[:, 50:62] = 0
     steps = torch.from_numpy(numbers.rng.integers(0, 3, (2, 70)))
     want = reference.match_tokens(counts, *settings, steps).target
     assert torch.equal(ours.match_tokens(counts, steps, *settings), want)

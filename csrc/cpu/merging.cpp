@@ -157,7 +157,8 @@ void best_partners(const A* counts, const int64_t* lifetime, int64_t N, int64_t 
       const int64_t a = order[i];
       dots(counts + a * C, scratch_rows, others, C, dot);
       for (int64_t j = 0; j < others; ++j) {
-        // No square root: equal ratios of whole numbers are then equal bits.
+        // No square root: equal ratios of whole numbers are then equal bits. Where a token is
+        // silent there is no ratio, and equal squares are those of two silent tokens.
         const double other = square[second[j]], norm = square[a] * other;
         const double cosine2 = norm > 0 ? dot[j] * dot[j] / norm : square[a] == other ? 1.0 : 0.0;
         if (cosine2 > similarity[a]) {

@@ -514,9 +514,9 @@ def firing_similarity(counts: Tensor) -> Tensor:
     dot = c @ c.transpose(1, 2)
     square = dot.diagonal(dim1=1, dim2=2)
     norm = square.unsqueeze(2) * square.unsqueeze(1)
-    silent = square == 0
-    both = (silent.unsqueeze(2) & silent.unsqueeze(1)).to(dot.dtype)
-    return torch.where(norm > 0, dot * dot / norm.clamp(min=1), both)
+    # Where a token is silent there is no ratio, and equal squares are those of two silent tokens.
+    silent = (square.unsqueeze(2) == square.unsqueeze(1)).to(dot.dtype)
+    return torch.where(norm > 0, dot * dot / norm.clamp(min=1), silent)
 
 
 def match_tokens(
