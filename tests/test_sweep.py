@@ -171,10 +171,12 @@ def test_the_same_point_twice_is_refused(tmp_path):
     point = Point("one", config=CONFIG)
     with pytest.raises(InvalidValue, match="every point must differ .* got 'one' twice"):
         sweep([point, point], tmp_path)
-    with pytest.raises(InvalidValue, match="expects a checkpoint and images"):
+    with pytest.raises(InvalidValue, match="expects a checkpoint, got None"):
         sweep([Point("eps", changes={"eps": 0.1})], tmp_path)
+    with pytest.raises(InvalidValue, match="expects images, got split=None"):
+        sweep([Point("eps", changes={"eps": 0.1})], tmp_path, checkpoint="digits")
     split = data.load("digits", 32)["test"][:8]
-    with pytest.raises(InvalidValue, match="expects training images"):
+    with pytest.raises(InvalidValue, match="expects training images, got None"):
         sweep([Point("t", changes={"target": 0.5})], tmp_path, checkpoint="digits", split=split)
 
 
@@ -237,6 +239,27 @@ def test_the_command_runs_a_checkpoint_in_other_ways(tmp_path, capsys):
     assert json.loads((tmp_path / "o.json").read_text())["rows"][0]["cells"] == 1.0
     assert cli.main([*options[:-2], "--out", str(tmp_path / "x"), "--plot", "x.txt"]) == 2
     assert "--plot must end in .png or .svg" in capsys.readouterr().err
+
+
+def test_a_checkpoint_on_images_that_were_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("atsnn.sweep.run.CALIBRATION", 64)
+    options = ["sweep", "--checkpoint", "digits", "--limit", "24", "--batch", "--vary",
+               "target=0.6", "--out", str(tmp_path)]  # fmt: skip
+    training, held_out = data.load("digits", 32)["train"].held_out(100)
+    seen = []
+    monkeypatch.setattr(
+        "atsnn.sweep.run.calibrate", lambda model, split, target: seen.append(split) or target
+    )
+    test = data.load("digits", 32)["test"]
+    for more, name, split in ([], "validation", held_out), (["--test"], "test", test):
+        assert cli.main([*options, "--validation", "100", *more, "--json",
+                         str(tmp_path / "s.json")]) == 0  # fmt: skip
+        (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+        assert row["split"] == name
+        found = evaluate(atsnn.from_pretrained("digits"), split[:24])
+        assert (row["accuracy"], row["cells"]) == (found.accuracy, found.cells)
+        # What is measured on is not calibrated on.
+        assert torch.equal(seen.pop().pixels, training[:64].pixels)
 
 
 def test_a_checkpoint_at_other_shares_of_cells(tmp_path, capsys, monkeypatch):

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     vary = _vary(args)
     points: list[Point]
     split = training = None
+    name = "test"
     if args.checkpoint is None:
         points = training_grid(config_of(args), vary)
     else:
@@ -64,12 +65,16 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         model = from_pretrained(args.checkpoint)
         splits = data.load(args.data, model.config.image_size, args.data_dir)
         split, training = splits["test"], splits["train"]
+        if args.validation:
+            training, held_out = training.held_out(args.validation)
+            if not args.test:
+                split, name = held_out, "validation"
         if args.limit is not None:
             split = split[: check_integer("sweep", "--limit", args.limit, at_least=1)]
     result = sweep(
-        points, args.out, checkpoint=args.checkpoint, split=split, training=training,
-        test=args.test, batches=args.batch, rounds=args.rounds, progress=sys.stderr.isatty(),
-        log=console.print,
+        points, args.out, checkpoint=args.checkpoint, split=split, split_name=name,
+        training=training, test=args.test, batches=args.batch, rounds=args.rounds,
+        progress=sys.stderr.isatty(), log=console.print,
     )  # fmt: skip
     sheet = table(result)
     console.print()

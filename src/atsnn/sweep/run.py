@@ -33,6 +33,7 @@ def sweep(
     *,
     checkpoint: str | Path | None = None,
     split: data.Split | None = None,
+    split_name: str = "test",
     training: data.Split | None = None,
     test: bool = False,
     batches: Sequence[int] = (1, 16),
@@ -49,6 +50,8 @@ def sweep(
         Receives a folder a run and ``rows.json``, which grows with every point.
     checkpoint : str or path, optional
         What points without a run change, on the images of ``split``.
+    split_name : str
+        What these images are called in the rows: ``"test"`` or ``"validation"``.
     training : Split, optional
         Images on which the share of cells is counted where such a point has a ``target``.
     test : bool
@@ -79,9 +82,15 @@ def sweep(
     for number, point in enumerate(points, 1):
         seed = "" if point.seed is None else f", seed {point.seed}"
         log(f"{number}/{len(points)}  {point.label}{seed}")
-        model, measured_on, name = _model(
-            point, folder, checkpoint, split, training, test, progress, log
-        )
+        if point.config is None:
+            model = _changed(point, checkpoint, training, log)
+            if split is None:
+                raise InvalidValue(f"sweep: point {point.label!r} expects images, got split=None")
+            measured_on, name = split, split_name
+        else:
+            model, measured_on, name = _trained(
+                point.config, folder / point.key, test, progress, log
+            )
         row = rows.get(point.key)
         of = {"split": name, "digest": _digest(measured_on)}
         if checkpoint is not None:
@@ -111,33 +120,34 @@ def load_run(folder: Path, config: TrainConfig) -> ATSpikformer:
     return model if config.policy is None else directed(model, config.policy)
 
 
-def _model(
-    point: Point, folder: Path, checkpoint: str | Path | None, split: data.Split | None,
-    training: data.Split | None, test: bool, progress: bool, log: Log,
-) -> tuple[ATSpikformer, data.Split, str]:  # fmt: skip
-    """The model of a point, the images it is measured on, and what they are called."""
-    if point.config is None:
-        if checkpoint is None or split is None:
-            raise InvalidValue(f"sweep: point {point.label!r} expects a checkpoint and images")
-        changes = dict(point.changes or {})
-        target = changes.pop("target", None)
-        model = with_changes(from_pretrained(checkpoint), **changes)
-        if target is not None:
-            if training is None:
-                raise InvalidValue(f"sweep: point {point.label!r} expects training images")
-            share = calibrate(model, training[:CALIBRATION], target)
-            if share > target:
-                log(f"  warning: {target:.0%} of the cells is out of reach; left at {share:.0%}")
-        return model, split, "test"
-    c = point.config
-    place = folder / point.key
+def _changed(
+    point: Point, checkpoint: str | Path | None, training: data.Split | None, log: Log
+) -> ATSpikformer:
+    """A checkpoint as a point runs it."""
+    if checkpoint is None:
+        raise InvalidValue(f"sweep: point {point.label!r} expects a checkpoint, got None")
+    changes = dict(point.changes or {})
+    target = changes.pop("target", None)
+    model = with_changes(from_pretrained(checkpoint), **changes)
+    if target is not None:
+        if training is None:
+            raise InvalidValue(f"sweep: point {point.label!r} expects training images, got None")
+        share = calibrate(model, training[:CALIBRATION], target)
+        if share > target:
+            log(f"  warning: {target:.0%} of the cells is out of reach; left at {share:.0%}")
+    return model
+
+
+def _trained(
+    c: TrainConfig, place: Path, test: bool, progress: bool, log: Log
+) -> tuple[ATSpikformer, data.Split, str]:
+    """The model of a run, the images it is measured on, and what they are called."""
     if not _done(place, c):
         train(c, place, resume=(place / STATE).exists(), progress=progress, log=log)
     _, held_out = splits_of(c)
-    name = "test" if test or not c.validation else "validation"
     if test and c.validation:
         held_out = data.load(c.data, c.model.image_size, c.data_dir)["test"]
-    return load_run(place, c), held_out, name
+    return load_run(place, c), held_out, "test" if test or not c.validation else "validation"
 
 
 def _digest(split: data.Split) -> str:
