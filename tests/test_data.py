@@ -59,6 +59,9 @@ def test_idx_files(idx_folder):
     raw = np.frombuffer((idx_folder / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8)
     want = torch.from_numpy(raw.astype(np.float32) / 255).view(4, 1, 28, 28)
     torch.testing.assert_close(splits["test"].images, want)
+    # What is made of it keeps the names.
+    part = splits["test"].resized(14)[1:].held_out(1)[0]
+    assert part.name(0) == "T-shirt" and part.name(9) == "boot" and part.name(10) == "10"
 
 
 def test_bad_input_is_refused(idx_folder, tmp_path_factory):
@@ -91,6 +94,7 @@ def test_mnist_needs_a_folder_and_reads_the_same_files(idx_folder):
         data.load("mnist", 28)
     ours, theirs = data.load("mnist", 28, idx_folder), data.load("fashion-mnist", 28, idx_folder)
     assert torch.equal(ours["train"].images, theirs["train"].images)
+    assert ours["train"].name(0) == "0"
 
 
 def test_as_many_labels_as_images(idx_folder):

@@ -38,6 +38,21 @@ def test_it_sees_what_the_model_does(found, split):
     assert torch.equal(found.ink[:, 0], corner)
 
 
+def test_where_objects_are_is_what_the_data_set_says():
+    scenes = data.load("cluttered-digits", 64)["test"][:6]
+    model = atsnn.ATSpikformer(
+        atsnn.SpikformerConfig(
+            image_size=64, in_channels=1, embed_dim=16, num_heads=2, depth=1, T=1
+        )
+    )
+    found = insight(model, scenes)
+    objects = scenes.maps.view(6, 16, 4, 16, 4).amax((2, 4)).flatten(1) > 0
+    assert torch.equal(found.ink, objects), "clutter is bright too"
+    assert "background: no object's pixel." in insight_sheets(found)[2].note
+    named = data.Split(scenes.pixels, scenes.labels, scenes.maps, tuple("abcdefghij"))
+    assert insight(model, named[:2]).names[0] == "a"
+
+
 def test_a_merged_token_ran_as_far_as_its_holder(split):
     merging = with_changes(atsnn.from_pretrained("digits"), merge_r=8)
     with torch.no_grad():
@@ -57,6 +72,7 @@ def test_groups_by_hand():
         cells=torch.tensor([0.2, 0.4, 0.6, 0.8]),
         blocks=torch.tensor([[1.0, 2.0], [1.0, 3.0], [2.0, 2.0], [4.0, 4.0]]),
         ink=torch.tensor([[True, False], [True, False], [True, True], [False, False]]),
+        depth=4, names=("left", "right"),
     )  # fmt: skip
     numbers = to_dict(one)
     assert one.lost == 0.25 and one.won == 0.25
@@ -73,19 +89,25 @@ def test_groups_by_hand():
         3.25
     )
     by_class, by_confidence, by_ink = insight_sheets(one)
-    assert by_class.rows[0] == ["0", "2", "30.0 %", "50.00 %", "100.00 %"]
+    assert by_class.rows[0] == ["left", "2", "30.0 %", "50.00 %", "100.00 %"]
     assert "25.00 % of the images from right to wrong" in by_confidence.note
     assert by_ink.rows[1] == ["background", "50.0 %", "3.25"]
     assert "background: no pixel brighter than 0.15." in by_ink.note
 
 
 def test_the_picture_shows_the_blocks_of_the_very_images(found, split, tmp_path, monkeypatch):
-    shown = []
+    shown, scales = [], set()
     draw = Axes.imshow
-    monkeypatch.setattr(
-        Axes, "imshow", lambda self, x, **k: (shown.append(x), draw(self, x, **k))[1]
-    )
+
+    def imshow(self, x, **k):
+        shown.append(x)
+        scales.add((k["cmap"], k.get("vmin"), k.get("vmax")))
+        return draw(self, x, **k)
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
     draw_classes(found, split, tmp_path / "classes.png")
+    # The colours of blocks end at those there are, not at the most that ran.
+    assert {scale[1:] for scale in scales if scale[0] == "viridis"} == {(0, 4)}
     classes = found.classes.unique()
     assert len(shown) == 6 * len(classes)
     for k, drawn in zip(classes, zip(*[iter(shown)] * 6, strict=True), strict=True):

@@ -40,8 +40,14 @@ class Insight:
     blocks : Tensor
         ``[M, N]`` float32, blocks run for each token, averaged over the timesteps.
     ink : Tensor
-        ``[M, N]`` bool, whether there is anything in the token's patch; with ``task="pixels"``
-        whether an object is.
+        ``[M, N]`` bool, whether there is anything in the token's patch; of data sets that say it of
+        every pixel, whether an object is.
+    depth : int
+        Blocks of the network.
+    names : tuple of str
+        What the classes are called.
+    labelled : bool
+        Whether the data set said where objects are.
     """
 
     classes: Tensor
@@ -52,6 +58,9 @@ class Insight:
     cells: Tensor
     blocks: Tensor
     ink: Tensor
+    depth: int
+    names: tuple[str, ...]
+    labelled: bool = False
 
     @property
     def right(self) -> Tensor:
@@ -87,8 +96,8 @@ def insight(model: ATSpikformer, split: Split, batch_size: int = 128) -> Insight
             images = split[start : start + batch_size].images
             trace = model(images, return_trace=True, firing_rates=False)
             sure, without = plain(images).softmax(1).max(1)
-            if c.task == "pixels":
-                here = labels[start : start + batch_size].unsqueeze(1) > 0
+            if split.maps is not None:
+                here = split.maps[start : start + batch_size].unsqueeze(1) > 0
             else:
                 here = images.amax(1, keepdim=True) > INK
             patches = torch.nn.functional.max_pool2d(here.float(), c.patch)
@@ -99,8 +108,12 @@ def insight(model: ATSpikformer, split: Split, batch_size: int = 128) -> Insight
                     patches.flatten(1) > 0,
                 )
             )  # fmt: skip
-    found = (torch.cat(one) for one in zip(*parts, strict=True))
-    return Insight(split.labels, labels, *found)
+    predicted, without, sure, cells, blocks, ink = map(torch.cat, zip(*parts, strict=True))
+    return Insight(
+        classes=split.labels, labels=labels, predicted=predicted, without=without,
+        confidence=sure, cells=cells, blocks=blocks, ink=ink, depth=c.depth,
+        names=tuple(split.name(k) for k in range(split.classes)), labelled=split.maps is not None,
+    )  # fmt: skip
 
 
 def insight_sheets(found: Insight) -> list[Sheet]:
@@ -161,7 +174,7 @@ def _cells(group: dict[str, Any]) -> list[str]:
 def _by_class(found: Insight) -> Sheet:
     sheet = Sheet("By class", ["class", "images", *COLUMNS])
     for group in to_dict(found)["classes"]:
-        sheet.add(str(group["class"]), str(group["images"]), *_cells(group))
+        sheet.add(found.names[group["class"]], str(group["images"]), *_cells(group))
     sheet.note = "halting off: the same weights with nothing halted and nothing merged."
     return sheet
 
@@ -183,7 +196,7 @@ def _by_ink(found: Insight) -> Sheet:
         blocks = _mean(found.blocks[chosen])
         share = float(chosen.double().mean())
         sheet.add(name, percent(share), "-" if blocks is None else f"{blocks:.2f}")
-    background = f"no pixel brighter than {INK}" if found.asked == "images" else "no object's pixel"
+    background = "no object's pixel" if found.labelled else f"no pixel brighter than {INK}"
     sheet.note = f"blocks run: averaged over the timesteps; background: {background}."
     return sheet
 
@@ -202,8 +215,7 @@ def draw_classes(found: Insight, split: Split, path: str | Path) -> Path:
     figure = Figure(figsize=(1.15 * len(classes) + 0.9, 7.3), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(6, len(classes), squeeze=False)
-    top = float(found.blocks.max())
-    scale: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": top}
+    scale: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": found.depth}
     names = ("mean image", "mean blocks", "most cells", "its blocks", "fewest cells", "its blocks")
     for column, k in enumerate(classes):
         chosen = (found.classes == k).nonzero().squeeze(1)
@@ -217,7 +229,9 @@ def draw_classes(found: Insight, split: Split, path: str | Path) -> Path:
                                      vmin=0, vmax=1)  # fmt: skip
             axes[row, column].set_title(percent(float(found.cells[index]), 0), fontsize=7, pad=2)
             axes[row + 1, column].imshow(found.blocks[index].view(side, side).numpy(), **scale)
-        axes[0, column].set_title(f"{k}  {percent(float(cells.mean()), 0)}", fontsize=8)
+        axes[0, column].set_title(
+            f"{found.names[k]}\n{percent(float(cells.mean()), 0)} of cells", fontsize=8
+        )
     for row, name in enumerate(names):
         axes[row, 0].set_ylabel(name, fontsize=8)
     for one in axes.flat:

@@ -7,6 +7,7 @@ import io
 import pickle
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ __all__ = ["FASHION_MNIST_ROOT", "cifar10", "cifar100", "digits", "fashion_mnist
            "tiny_imagenet"]  # fmt: skip
 
 FASHION_MNIST_ROOT = Path("/usr/share/datasets/fashion-mnist")
+CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "boot")  # fmt: skip
 DATA_DIR = "give the folder with --data-dir"
 
 
@@ -62,7 +65,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
         raise DataError(f"{path}: expected an IDX file of unsigned bytes, got: {error}") from error
 
 
-def _idx(data: str, folder: Path, hint: str) -> Parts:
+def _idx(data: str, folder: Path, hint: str, names: tuple[str, ...] | None = None) -> Parts:
     splits = []
     for prefix in ("train", "t10k"):
         arrays = []
@@ -75,7 +78,7 @@ def _idx(data: str, folder: Path, hint: str) -> Parts:
                 f"{data}: expected a label an image in {folder}, got {len(images)} images and "
                 f"{len(labels)} labels for {prefix!r}"
             )
-        splits.append(_split(images[:, None], labels))
+        splits.append(replace(_split(images[:, None], labels), names=names))
     return Parts(*splits)
 
 
@@ -92,7 +95,7 @@ def mnist(root: Path | None) -> Parts:
 def fashion_mnist(root: Path | None) -> Parts:
     """Fashion-MNIST from its four IDX files (Debian: ``dataset-fashion-mnist``)."""
     hint = f"{DATA_DIR}; Debian: apt install dataset-fashion-mnist"
-    return _idx("fashion-mnist", root or FASHION_MNIST_ROOT, hint)
+    return _idx("fashion-mnist", root or FASHION_MNIST_ROOT, hint, CLOTHES)
 
 
 # -- CIFAR ----------------------------------------------------------------------------------------

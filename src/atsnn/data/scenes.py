@@ -100,7 +100,7 @@ def _scenes(source: Split, count: int, recipe: Recipe, size: int, seed: int) -> 
         seen.copy_(torch.tensor([0] + [label + 1 for label in found])[seen.long()])
         canvas += recipe.noise * torch.randn((size, size), generator=generator)
         pixels[index, 0] = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Split(pixels, labels, maps)
+    return Split(pixels, labels, maps, source.names)
 
 
 def _background(recipe: Recipe, size: int, generator: torch.Generator) -> Tensor:

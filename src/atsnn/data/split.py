@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +31,14 @@ class Split:
         ``[M]`` int64, the class of each image.
     maps : Tensor, optional
         ``[M, H, W]`` uint8, the class of each pixel, of data sets that have one.
+    names : tuple of str, optional
+        What the classes are called, where that is not their number.
     """
 
     pixels: Tensor
     labels: Tensor
     maps: Tensor | None = None
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_shape("Split", "pixels", self.pixels, M=None, C=None, H=None, W=None)
@@ -50,7 +53,7 @@ class Split:
     def __getitem__(self, index: slice | Tensor) -> Split:
         """Some of the images: a slice, or indices ``[K]`` int64."""
         maps = None if self.maps is None else self.maps[index]
-        return Split(self.pixels[index], self.labels[index], maps)
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index], maps=maps)
 
     @property
     def images(self) -> Tensor:
@@ -58,6 +61,11 @@ class Split:
         if self.pixels.dtype == torch.uint8:
             return self.pixels.to(torch.float32) / 255.0
         return self.pixels
+
+    def name(self, label: int) -> str:
+        """What a class is called: its number, where it has no name."""
+        names = self.names or ()
+        return names[label] if label < len(names) else str(label)
 
     @property
     def classes(self) -> int:
@@ -94,7 +102,7 @@ class Split:
         maps = self.maps
         if maps is not None:
             maps = nnf.interpolate(maps[:, None].float(), size, mode="nearest")[:, 0].to(maps.dtype)
-        return Split(pixels, self.labels, maps)
+        return replace(self, pixels=pixels, maps=maps)
 
 
 class Parts(NamedTuple):
