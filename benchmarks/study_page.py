@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -123,8 +123,23 @@ def _to_plain(
     shares: dict[str, float | None] = {"flops_share": row["flops"] / flops_of(full)}
     for share, key in (("sops_share", "sops"), ("energy_share", "energy_uj")):
         shares[share] = row[key] / plain[key] if plain and plain[key] else None
-    cells = math.prod(sides) / (full.depth * full.T) * row["cells"]
-    return {**row, "cells": cells, **shares}
+    part = math.prod(sides) / (full.depth * full.T)
+    found = {**row, "cells": part * row["cells"], **shares}
+    if "detail" in row:
+        found["detail"] = _detail_of_full(row["detail"], part, sides[1] / full.T)
+    return found
+
+
+def _detail_of_full(detail: Mapping[str, Any], cells: float, steps: float) -> dict[str, Any]:
+    """Shares of the full network's cells, blocks averaged over its timesteps."""
+    return {
+        **detail,
+        "confidence": [{**one, "cells": cells * one["cells"]} for one in detail["confidence"]],
+        **{
+            key: None if detail[key] is None else steps * detail[key]
+            for key in ("blocks_on_ink", "blocks_on_background")
+        },
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -233,20 +248,33 @@ def details(rows: Sequence[Mapping[str, Any]]) -> str:
     if not detailed:
         return NOT_YET
     for s in summaries(detailed):
-        found = [row["detail"] for row in s.rows]
-
-        def mean(pick: Any, found: Any = found) -> float:
-            return statistics.fmean(pick(one) for one in found)
-
-        lines.append(
-            f"| {s.label} | {len(found)} | "
-            f"{percent(mean(lambda d: d['confidence'][0]['cells']))} | "
-            f"{percent(mean(lambda d: d['confidence'][-1]['cells']))} | "
-            f"{mean(lambda d: d['blocks_on_ink']):.2f} | "
-            f"{mean(lambda d: d['blocks_on_background']):.2f} | "
-            f"{percent(mean(lambda d: d['lost']), 2)} | {percent(mean(lambda d: d['won']), 2)} |"
-        )
+        cells = [s.label, str(len(s.rows))]
+        for pick, scale, form in DETAILS:
+            values = [value for row in s.rows if (value := pick(row["detail"])) is not None]
+            cells.append(_spread([scale * value for value in values], form))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# What the columns show of a row's details, in which unit, and how it is written.
+DETAILS: tuple[tuple[Callable[[Any], float | None], int, str], ...] = (
+    (lambda d: d["confidence"][0]["cells"], 100, "{} %"),
+    (lambda d: d["confidence"][-1]["cells"], 100, "{} %"),
+    (lambda d: d["blocks_on_ink"], 1, "{}"),
+    (lambda d: d["blocks_on_background"], 1, "{}"),
+    (lambda d: d["lost"], 100, "{} %"),
+    (lambda d: d["won"], 100, "{} %"),
+)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """The mean, and of several seeds the standard deviation."""
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.2f}"
+    return form.format(text)
 
 
 def figures(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,11 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     alone = study_page._to_plain(rows["1 timestep"], part.network, None)
     assert alone["cells"] == 0.5 and alone["flops_share"] == short["flops_share"]
     assert alone["sops_share"] is None and alone["energy_share"] is None
+    told = {"confidence": [{"cells": 0.8}], "blocks_on_ink": 1.5, "blocks_on_background": None}
+    alone = study_page._to_plain({**rows["1 timestep"], "detail": told}, part.network, None)
+    assert alone["detail"] == {
+        "confidence": [{"cells": 0.4}], "blocks_on_ink": 0.75, "blocks_on_background": None
+    }  # fmt: skip
     text = study_page.table(found)
     assert text.count("\n") == 6 and "ms at batch 1" in text
     halting = [row for row in found if row["label"] == "halting"]
@@ -144,7 +150,10 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     (figure,) = (f for f in study_page.figures({"tiny": found}) if f["method"] == "plain")
     assert figure["seeds"] == [0, 1] and figure["accuracy"][0] == rows["plain"]["accuracy"]
     assert set(figure["latency_ms"]) == {"1", "16"}
-    assert study_page.details(found).count("\n") == 2
+    lines = study_page.details(found).splitlines()
+    lost = [100 * row["detail"]["lost"] for row in found if row["label"] == "halting"]
+    assert len(lines) == 3 and lines[2].startswith("| halting | 2 | ")
+    assert f"{statistics.fmean(lost):.2f} ± {statistics.stdev(lost):.2f} % |" in lines[2]
     json.dumps(study_page.figures({"tiny": found}))
     monkeypatch.setattr(study_page, "LEAST", 2)
     lines = study_page.headline({"tiny": found}).splitlines()
