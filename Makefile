@@ -16,7 +16,7 @@ SUITE := $(BARRED) merging layout dropin
 
 help:
 	@echo "make bench    set up and run 'atsnn bench' on the shipped checkpoint"
-	@echo "make bars     everything that has a bar, into docs/results/performance.md (20-30 minutes)"
+	@echo "make bars     everything that has a bar, into docs/results/performance.md (45 minutes)"
 	@echo "make bench-X  one file of the suite, X one of:"
 	@echo "              $(SUITE)"
 	@echo "make bench-compare   what got slower: HEAD~1 against the working tree, or BASE=rev HEAD=rev"
