@@ -17,7 +17,7 @@ from atsnn.schedule import directed
 from atsnn.sweep import Point, checkpoint_grid, sweep, table, training_grid
 from atsnn.sweep.command import _separated
 from atsnn.sweep.measure import counted, timed
-from atsnn.sweep.output import draw, summaries
+from atsnn.sweep.output import draw, plots_of, summaries
 from atsnn.testing import exact_model
 from atsnn.train import TrainConfig, evaluate
 from atsnn.train.settings import parse, value_of, with_settings
@@ -203,6 +203,15 @@ def test_a_table_shows_means_and_spreads(tmp_path):
     draw({"rows": rows}, tmp_path / "sweep.svg")
     text = (tmp_path / "sweep.svg").read_text()
     assert ">a<" in text and "accuracy, %" in text and "energy an image" in text
+
+
+def test_axes_end_where_values_do():
+    from matplotlib.figure import Figure
+
+    rows = [{"label": "a", "accuracy": y, "cells": x} for x, y in ((0.01, 0.9), (0.9, 1.0))]
+    axes = Figure().add_subplot()
+    plots_of(rows)[0].draw(axes)
+    assert axes.get_xlim()[0] == 0 and axes.get_ylim()[1] == 100, "bars reach beyond both"
 
 
 def test_the_command_trains_and_prints(tmp_path, capsys, monkeypatch):

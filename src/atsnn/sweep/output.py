@@ -126,6 +126,10 @@ def _drawn(
                 marker=MARKS[number // 6 % 5], color=COLOURS[number % 6], linestyle="none",
                 markersize=5, capsize=2, elinewidth=0.8, label=summary.label,
             )  # fmt: skip
+        # Bars may reach beyond what there can be; where costs begin, one sees what a share is of.
+        axes.set_xlim(left=0)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0), min(high, 100))
         axes.set_xlabel(f"{label}, %" if name == "cells" else label)
         axes.set_ylabel(f"{what}, %")
         axes.grid(alpha=0.25)
