@@ -227,6 +227,27 @@ def test_every_point_has_its_name_and_no_name_hides_another():
     assert all(frame.x0 - 5 < box.x0 and box.x1 < frame.x1 + 5 for box in boxes)
 
 
+def test_a_point_far_below_is_drawn_at_the_edge_with_its_value():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    found = [
+        Summary(label, ({"accuracy": accuracy, "cells": cells},))
+        for label, accuracy, cells in (("plain", 0.9, 1.0), ("halting", 0.89, 0.5),
+                                       ("static 1", 0.71, 0.4), ("merging", 0.2, 0.7))
+    ]  # fmt: skip
+    axes = Figure().add_subplot()
+    study_picture.picture("A title", "mean IoU", found, "accuracy").draw(axes)
+    assert sorted(text.get_text() for text in axes.texts) == [
+        "halting", "merging: 20.0 %", "plain", "static 1"
+    ]  # fmt: skip
+    low, high = axes.get_ylim()
+    assert 60 < low < 71 < 90 < high
+    drawn = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.lines]
+    ((_, y),) = [point for point in drawn if point[0] == 70.0]
+    assert low < y < low + 0.1 * (high - low)
+
+
 def test_tables_are_put_between_their_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n")
