@@ -15,7 +15,7 @@ from atsnn import bench, cli
 from atsnn.bench import growth, halting, overheads, plots, subject, tables
 from atsnn.bench.page import page
 from atsnn.checks import InvalidValue
-from atsnn.sheets import Sheet, milliseconds, percent, quantity
+from atsnn.sheets import Sheet, milliseconds, number_of, percent, quantity
 
 SMALL = ["--set", "embed_dim=16", "num_heads=2", "depth=3", "T=2", "image_size=16", "in_channels=1"]
 TINY = atsnn.SpikformerConfig(
@@ -355,6 +355,9 @@ def test_page_takes_no_text_for_markup():
 
 
 def test_sheets():
+    assert [number_of(n, "thread") for n in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
+    machine = dict.fromkeys(("processor", "instruction_set", "torch", "atsnn"), "x")
+    assert "x, 4 cores, 1 thread, x" in tables.machine_line(machine | {"cores": 4, "threads": 1})
     sheet = Sheet("a <b> [c]", ["x", "y"], note="n & m")
     sheet.add("[red]1", "<2>")
     sheet.rule()

@@ -245,6 +245,7 @@ def _info(args: argparse.Namespace) -> int:
     from .measure import machine
     from .ops import available_backends, native_level
     from .ops.triton import interpreted
+    from .sheets import number_of
 
     console = _console()
     found: dict[str, Any] = {
@@ -255,7 +256,9 @@ def _info(args: argparse.Namespace) -> int:
     }
     m = found["machine"]
     console.print(f"atsnn {m['atsnn']}   torch {m['torch']}   python {m['python']}")
-    console.print(f"{m['processor']}, {m['cores']} cores, {m['threads']} threads")
+    console.print(
+        f"{m['processor']}, {number_of(m['cores'], 'core')}, {number_of(m['threads'], 'thread')}"
+    )
     console.print(f"PyTorch computes with {m['pytorch_instruction_set']}")
     for name, state in found["backends"].items():
         level = f", {native_level()}" if name == "native" and native_level() else ""

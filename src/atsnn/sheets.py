@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Sheet", "milliseconds", "percent", "quantity"]
+__all__ = ["Sheet", "milliseconds", "number_of", "percent", "quantity"]
 
 
 @dataclass
@@ -88,6 +88,11 @@ def quantity(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.2f} {unit}"
     return f"{value:.0f}"
+
+
+def number_of(count: int, thing: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def milliseconds(seconds: float) -> str:

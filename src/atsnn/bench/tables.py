@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..cost import Parts
-from ..sheets import Sheet, milliseconds, percent, quantity
+from ..sheets import Sheet, milliseconds, number_of, percent, quantity
 from .growth import MEMORY, OPERATOR, PARTS
 from .overheads import OWN_PIECES, SHARES
 
@@ -20,8 +20,8 @@ COST_PARTS = tuple(part for part, _ in Parts())
 
 def machine_line(m: dict[str, Any]) -> str:
     return (
-        f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['instruction_set']}, "
-        f"torch {m['torch']}, atsnn {m['atsnn']}"
+        f"{m['processor']}, {number_of(m['cores'], 'core')}, {number_of(m['threads'], 'thread')}, "
+        f"{m['instruction_set']}, torch {m['torch']}, atsnn {m['atsnn']}"
     )
 
 
@@ -60,7 +60,7 @@ def _cells_sheet(cost: dict[str, Any], images: int) -> Sheet:
     share = cells / torch.tensor(cost["dense"]["cells"], dtype=torch.float64)
     steps = share.shape[1]
     sheet = Sheet(
-        f"Share of cells executed, over {images} image{'s' * (images > 1)}",
+        f"Share of cells executed, over {number_of(images, 'image')}",
         ["block", *(f"t = {t + 1}" for t in range(steps)), "all t"],
     )
     for number, row in enumerate(share, 1):
@@ -77,7 +77,7 @@ def _saved(now: float, dense: float) -> str:
 def _cost_sheet(cost: dict[str, Any], images: int) -> Sheet:
     dense = cost["dense"]
     sheet = Sheet(
-        f"Cost an image with halting on, counted over {images} image{'s' * (images > 1)}",
+        f"Cost an image with halting on, counted over {number_of(images, 'image')}",
         ["part", "FLOPs", "saved", "SOPs", "saved", "energy", "saved"],
     )
     for part in (*COST_PARTS, "total"):
@@ -94,7 +94,7 @@ def _cost_sheet(cost: dict[str, Any], images: int) -> Sheet:
 
 def _patterns_sheet(patterns: dict[str, dict[str, Any]], images: int) -> Sheet:
     sheet = Sheet(
-        f"Saved, counted over {images} image{'s' * (images > 1)}",
+        f"Saved, counted over {number_of(images, 'image')}",
         ["halted", "cells", "FLOPs", "of blocks", "SOPs", "of blocks", "energy"],
     )
     for name, cost in patterns.items():
