@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atsnn import bench, cli, data, measure
-from atsnn.checkpoint import from_pretrained
+from atsnn.checkpoint import from_pretrained, save_pretrained
 from atsnn.sheets import milliseconds
 
 
@@ -90,6 +90,57 @@ def test_eval(capsys, tmp_path):
     assert code == 0 and json.loads(path.read_text())["cells"] == 1.0
 
 
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A checkpoint trained on scenes, as it says itself."""
+    folder = str(tmp_path / "elsewhere")
+    save_pretrained(from_pretrained("digits"), folder, {"data": "scenes-digits"})
+    return folder
+
+
+# A command that loads a checkpoint, and where it tells which images it ran on.
+LOADING = [
+    (["eval", "--limit", "4"], "Accuracy on {}"),
+    (["show", "--count", "1", "--out", "{tmp}/x.png"], ""),
+    (["bench", "--limit", "2", "--batch", "1", "--rounds", "1"], "data {}"),
+    (["sweep", "--limit", "4", "--batch", "--vary", "eps=0.1", "--out", "{tmp}/s"], "on {}"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), LOADING, ids=["eval", "show", "bench", "sweep"])
+def test_a_checkpoint_runs_on_what_it_was_trained_on(
+    capsys, tmp_path, monkeypatch, elsewhere, arguments, told
+):
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    asked, digits = [], data.load("digits", 32)
+
+    def load(name, *rest):
+        asked.append(name)
+        return digits
+
+    for module in (data, bench.subject):
+        monkeypatch.setattr(module, "load", load)
+    warning = f"atsnn: warning: {elsewhere} was trained on scenes-digits and runs on mnist here\n"
+    for given, name, warned in (
+        (["--checkpoint", elsewhere], "scenes-digits", ""),
+        (["--checkpoint", elsewhere, "--data", "mnist"], "mnist", warning),
+        (["--checkpoint", "digits"], "digits", ""),
+    ):
+        asked.clear()
+        code, out, err = run(capsys, *arguments, *given)
+        assert code == 0 and asked == [name] and err == warned
+        assert told.format(name) in " ".join(out.split())
+
+
+def test_data_that_is_not_recorded_or_not_known_is_the_digits(capsys, tmp_path, monkeypatch):
+    for number, extra in enumerate((None, {}, {"data": "my photographs"})):
+        folder = str(tmp_path / str(number))
+        save_pretrained(from_pretrained("digits"), folder, extra)
+        code, out, err = run(capsys, "eval", "--checkpoint", folder, "--limit", "2")
+        assert code == 0 and "Accuracy on digits" in out
+        assert ("was trained on my photographs and runs on digits here" in err) == (number == 2)
+
+
 def test_show_draws_a_picture(capsys, tmp_path):
     from PIL import Image
 
@@ -120,7 +171,7 @@ WRONG = [
     (["eval", "--checkpoint", "/etc"], "expected a file config.json, got none"),
     (["eval", "--data", "cifar"], "data must be one of 'digits', 'fashion-mnist'"),
     (["eval", "--data", "digits", "--data-dir", "/dev/null/nowhere"], "must be a directory"),
-    (["eval", "--data", "fashion-mnist", "--data-dir", "/etc"], "expected the file train-images"),
+    (["eval", "--checkpoint", "fashion-mnist", "--data-dir", "/etc"], "expected the file train-im"),
     (["eval", "--limit", "0"], "--limit must be a number >= 1, got 0"),
     (["eval", "--limit", "4", "--json", "/proc/no/such"], "expected a file that can be written"),
     (["bench", "--batch", "0"], "batch must be a number >= 1"),

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checks import AtsnnError, InvalidValue, require
+from .checks import AtsnnError, InvalidValue, check_choice, require
 from .data import DATASETS
 from .sweep.command import add_options as add_sweep_options
+from .train.options import USUAL_DATA, add_data_options
 from .train.options import add_options as add_train_options
 
 GOOD, FAILED, WRONG_USE = 0, 1, 2
@@ -184,8 +185,7 @@ def _model_options(sub: argparse.ArgumentParser) -> None:
         "--checkpoint", default="digits",
         help="packaged name (atsnn info lists them), folder or hub id",
     )  # fmt: skip
-    sub.add_argument("--data", default="digits", help=f"data set: {', '.join(DATASETS)}")
-    sub.add_argument("--data-dir", help="folder with the files of the data set")
+    add_data_options(sub, of_checkpoint=True)
 
 
 def _json_option(sub: argparse.ArgumentParser) -> None:
@@ -212,15 +212,38 @@ def _write_json(path: Path | None, result: dict[str, Any]) -> None:
         raise InvalidValue(f"--json: expected a file that can be written, got {error}") from error
 
 
+def _recorded(checkpoint: str) -> dict[str, Any]:
+    """What a checkpoint says of how it came about."""
+    from .checkpoint import read_config
+
+    extra = read_config(checkpoint).get("extra")
+    return extra if isinstance(extra, dict) else {}
+
+
+def _settle_data(args: argparse.Namespace) -> None:
+    """Without ``--data`` a checkpoint runs on what it was trained on; on other images it warns."""
+    trained_on = None if args.checkpoint is None else _recorded(args.checkpoint).get("data")
+    if args.data is None:
+        args.data = trained_on if trained_on in tuple(DATASETS) else USUAL_DATA
+    check_choice(args.command, "--data", args.data, DATASETS)
+    if trained_on not in (None, args.data):
+        print(
+            f"atsnn: warning: {args.checkpoint} was trained on {trained_on} and runs on "
+            f"{args.data} here",
+            file=sys.stderr,
+        )
+
+
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The checkpoint and the test images it is asked to run on."""
     from . import data
-    from .checkpoint import from_pretrained, read_config
+    from .checkpoint import from_pretrained
     from .checks import check_integer
     from .schedule import directed
 
+    _settle_data(args)
     model = from_pretrained(args.checkpoint)
-    policy = read_config(args.checkpoint).get("extra", {}).get("policy")
+    policy = _recorded(args.checkpoint).get("policy")
     if policy is not None:  # it was trained to halt by this rule
         model = directed(model, policy)
     split = data.load(args.data, model.config.image_size, args.data_dir)["test"]
@@ -353,6 +376,8 @@ def _bench(args: argparse.Namespace) -> int:
     from .bench.command import run
 
     console = _console()
+    if args.config is None:
+        _settle_data(args)
     with measure.threads(args.threads):
         try:
             result = run(args, console)
@@ -374,7 +399,7 @@ def _eval(args: argparse.Namespace) -> int:
     found = evaluate(model, split).to_dict()
     found["score"] = model.config.score if model.config.halting else None
     found["halting"] = model.config.halting
-    console.print(accuracy_sheet({args.checkpoint: found}).rich())
+    console.print(accuracy_sheet({args.checkpoint: found}, args.data).rich())
     if args.detail or args.plot is not None:
         found["detail"] = _detail(console, model, split, args.plot)
     _write_json(args.json, found | {"checkpoint": args.checkpoint, "data": args.data})
@@ -441,6 +466,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from .sweep.command import run
 
     console = _console()
+    _settle_data(args)
     with measure.threads(args.threads):
         result = run(args, console)
     _write_json(args.json, result)

@@ -25,11 +25,12 @@ def machine_line(m: dict[str, Any]) -> str:
     )
 
 
-def accuracy_sheet(rows: dict[str, dict[str, Any]]) -> Sheet:
-    """Accuracy and executed cells, a model a row."""
+def accuracy_sheet(rows: dict[str, dict[str, Any]], data: str | None = None) -> Sheet:
+    """Accuracy and executed cells, a model a row; ``data`` is named where nothing above does."""
     pixels = any(row.get("mean_iou") is not None for row in rows.values())
     columns = ["model", "score", "accuracy", *["mean IoU"] * pixels, "images", "cells executed"]
-    sheet = Sheet("Accuracy of pixels" if pixels else "Accuracy", columns)
+    on = "" if data is None else f" on {data}"
+    sheet = Sheet(f"Accuracy{' of pixels' * pixels}{on}", columns)
     for name, row in rows.items():
         iou = [percent(row["mean_iou"], 2)] if pixels else []
         sheet.add(name, row.get("score") or "-", percent(row["accuracy"], 2), *iou,

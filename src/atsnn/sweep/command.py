@@ -24,7 +24,7 @@ __all__ = ["add_options", "run"]
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    add_train_options(sub)
+    add_train_options(sub, of_checkpoint=True)
     sub.add_argument(
         "--vary", nargs="+", required=True, metavar="NAME=V1,V2,...",
         help="settings to vary, all combinations: of a run (ponder_weight, target, lr, seed, ...) "
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         training=training, test=args.test, batches=args.batch, rounds=args.rounds,
         progress=sys.stderr.isatty(), log=console.print,
     )  # fmt: skip
-    sheet = table(result)
+    on = "" if args.checkpoint is None else f" of {args.checkpoint} on {args.data}"
+    sheet = table(result, f"Sweep{on}")
     console.print()
     console.print(sheet.rich())
     console.print(sheet.note)

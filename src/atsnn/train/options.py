@@ -11,13 +11,24 @@ from ..data import DATASETS
 from ..nn.config import SpikformerConfig
 from .config import PRECISIONS, TrainConfig
 
-__all__ = ["add_options", "command_of", "config_of"]
+__all__ = ["USUAL_DATA", "add_data_options", "add_options", "command_of", "config_of"]
+
+USUAL_DATA = "digits"  # where nothing says another
 
 
-def add_options(sub: argparse.ArgumentParser) -> None:
-    """Everything a :class:`TrainConfig` says."""
-    sub.add_argument("--data", default="digits", help=f"data set: {', '.join(DATASETS)}")
+def add_data_options(sub: argparse.ArgumentParser, *, of_checkpoint: bool = False) -> None:
+    """Which images; ``of_checkpoint``: by default those that the checkpoint was trained on."""
+    usual = f"; default: that of the checkpoint, or {USUAL_DATA} where it names none"
+    sub.add_argument(
+        "--data", default=None if of_checkpoint else USUAL_DATA,
+        help=f"data set: {', '.join(DATASETS)}{usual if of_checkpoint else ''}",
+    )  # fmt: skip
     sub.add_argument("--data-dir", help="folder with the files of the data set")
+
+
+def add_options(sub: argparse.ArgumentParser, *, of_checkpoint: bool = False) -> None:
+    """Everything a :class:`TrainConfig` says; ``of_checkpoint``: beside a checkpoint to run."""
+    add_data_options(sub, of_checkpoint=of_checkpoint)
     sub.add_argument(
         "--validation", type=int, default=0, metavar="IMAGES",
         help="hold out so many training images and leave the test images alone",
