@@ -250,6 +250,26 @@ def test_the_command_runs_a_checkpoint_in_other_ways(tmp_path, capsys):
     assert "--plot must end in .png or .svg" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ({"eps": [0.3, 5]}, r"point 'eps=5': SpikformerConfig: eps must be .* got 5"),
+        ({"target": [0.5, 2]}, "point 'target=2': .*target must be .* got 2"),
+        ({"target": [0.5], "halting": ["depth", None]}, "halting=none': target expects a model"),
+        ({"merge_r": [0, [1, 2]]}, "must name depth - 1 = 3 block boundaries, got 2"),
+    ],
+)
+def test_all_points_are_checked_before_the_first_one_runs(tmp_path, vary, message):
+    split = data.load("digits", 32)["test"][:4]
+    told = []
+    with pytest.raises(InvalidValue, match=message):
+        sweep(checkpoint_grid(vary), tmp_path / "s", checkpoint="digits", split=split,
+              training=split, batches=(), log=told.append)  # fmt: skip
+    assert told == [] and not (tmp_path / "s").exists()
+    with pytest.raises(InvalidValue, match="point 'T=0': SpikformerConfig: T must be"):
+        training_grid(CONFIG, {"T": [1, 0]})
+
+
 def test_a_checkpoint_on_images_that_were_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr("atsnn.sweep.run.CALIBRATION", 64)
     options = ["sweep", "--checkpoint", "digits", "--limit", "24", "--batch", "--vary",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..checks import InvalidValue
+from ..checks import AtsnnError, InvalidValue, check_number
+from ..nn.config import SpikformerConfig
 from ..train import TrainConfig
 from ..train.settings import with_settings
 
-__all__ = ["EVALUATED", "Point", "checkpoint_grid", "training_grid"]
+__all__ = ["EVALUATED", "Point", "check_changes", "checkpoint_grid", "training_grid"]
 
 # What a trained model can be run with instead of what it was trained with.
 EVALUATED = (
@@ -60,9 +62,12 @@ class Point:
 
 def training_grid(base: TrainConfig, vary: Mapping[str, Sequence[Any]]) -> list[Point]:
     """Every combination of the values, as a run each; seeds do not show in labels."""
-    return [
-        Point(_label(values), config=with_settings(base, values)) for values in _combinations(vary)
-    ]
+    points = []
+    for values in _combinations(vary):
+        label = _label(values)
+        with _refused(label):
+            points.append(Point(label, config=with_settings(base, values)))
+    return points
 
 
 def checkpoint_grid(vary: Mapping[str, Sequence[Any]]) -> list[Point]:
@@ -74,6 +79,27 @@ def checkpoint_grid(vary: Mapping[str, Sequence[Any]]) -> list[Point]:
             f"got {', '.join(unknown)}, which must be trained"
         )
     return [Point(_label(values), changes=values) for values in _combinations(vary)]
+
+
+def check_changes(point: Point, config: SpikformerConfig) -> None:
+    """Refuse what a checkpoint of ``config`` cannot be run with."""
+    changes = dict(point.changes or {})
+    target = changes.pop("target", None)
+    with _refused(point.label):
+        changed = config.replace(**changes)
+        if target is not None:
+            check_number("calibrate", "target", target, above=0, at_most=1)
+            if changed.halting is None:
+                raise InvalidValue("target expects a model that halts, got halting=None")
+
+
+@contextmanager
+def _refused(label: str) -> Iterator[None]:
+    """Name the point that an error is of."""
+    try:
+        yield
+    except AtsnnError as error:
+        raise InvalidValue(f"sweep: point {label!r}: {error}") from error
 
 
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

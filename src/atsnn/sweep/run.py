@@ -19,7 +19,7 @@ from ..train import CALIBRATION, TrainConfig, calibrate, train
 from ..train.loop import splits_of
 from ..train.state import STATE
 from .measure import counted, timed
-from .points import Point
+from .points import Point, check_changes
 
 __all__ = ["load_run", "sweep"]
 
@@ -72,11 +72,14 @@ def sweep(
         ``"machine"`` and ``"rows"``: of each point its label, seed, settings and what was measured.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     keys = [point.key for point in points]
     if len(set(keys)) < len(keys):
         twice = next(p.label for p, key in zip(points, keys, strict=True) if keys.count(key) > 1)
         raise InvalidValue(f"sweep: every point must differ from the others, got {twice!r} twice")
+    if checkpoint is not None:  # all of them, before the first one takes its time
+        config = from_pretrained(checkpoint).config
+        for point in points:
+            check_changes(point, config)
     rows = _read(folder / ROWS)
     models, images = {}, None
     for number, point in enumerate(points, 1):
@@ -173,6 +176,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved into place: a cut leaves what was there.
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(rows, indent=1) + "\n")
