@@ -199,6 +199,28 @@ def test_wrong_use_exits_2_with_one_clear_line(capsys, arguments, message):
     assert message in err and err.count("\n") == 1 and "Traceback" not in err
 
 
+EARLY = [
+    ["train", "--init", "nope"],
+    ["train", "--task", "pixels"],  # of data without maps
+    ["train", "--validation", "100000"],
+    ["train", "--epochs", "1", "--limit", "64"],  # one batch
+    ["train", "--resume"],
+    ["sweep", "--vary", "lr=0.1", "--init", "nope"],
+    ["sweep", "--vary", "eps=0.1,5"],
+    ["sweep", "--checkpoint", "digits", "--vary", "eps=0.1,0.1"],
+    ["sweep", "--checkpoint", "digits", "--vary", "eps=0.1,5"],
+    ["sweep", "--checkpoint", "digits", "--vary", "target=0.5,2"],
+    ["sweep", "--checkpoint", "digits", "--vary", "halting=depth,none", "target=0.5"],
+]
+
+
+@pytest.mark.parametrize("arguments", EARLY, ids=" ".join)
+def test_what_is_refused_leaves_no_folder(capsys, tmp_path, arguments):
+    code, _, err = run(capsys, *arguments, "--out", str(tmp_path / "runs" / "x"))
+    assert code == 2 and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments", [["benhc"], [], ["eval", "--batch"], ["train", "--epochs", "x"]]
 )

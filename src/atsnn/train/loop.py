@@ -111,6 +111,8 @@ def train(
         if run.progress.epoch == config.epochs and main:
             log(f"all {config.epochs} epochs of the run are done")
             run.save_checkpoint()  # the state is whole; the files made from it may not be
+    if main:
+        _make_folder(folder)
     if tensorboard:
         accelerator.init_trackers(BOARD)
     batch = _Batch(config, training, accelerator)
@@ -178,14 +180,18 @@ def _check_folder(folder: Path, resume: bool, main: bool) -> None:
     if main:
         # A run that was cut off early has written no checkpoint yet.
         check_empty_or_ours(folder, (STATE, f"{STATE}.tmp", BOARD))
-        try:  # now, not after the first epoch
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidValue(f"train: expected a folder that can be made, got {error}") from error
     if not resume and (folder / STATE).exists():
         raise InvalidValue(
             f"train: {folder} holds an earlier run; give --resume to continue it, or another folder"
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """When all else has been checked, which leaves no empty folder behind, and before any work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidValue(f"train: expected a folder that can be made, got {error}") from error
 
 
 def _name(config: TrainConfig) -> str:
