@@ -595,7 +595,7 @@ def test_random_rectangles_are_erased():
 
 def halted(policy, **changes):
     torch.manual_seed(0)
-    config = MODEL.replace(depth=4, T=3, halting="depth", image_size=16, **changes)
+    config = MODEL.replace(**{"depth": 4, "T": 3, "halting": "depth", "image_size": 16, **changes})
     model = directed(atsnn.ATSpikformer(config).eval(), policy)
     with torch.no_grad():
         return model(data.load("digits", 16)["test"].images[:5], return_trace=True)
@@ -615,6 +615,13 @@ def test_tokens_picked_at_random():
     images = data.load("digits", 8)["test"].images[:5]
     depths = [model(images, return_trace=True).depth for _ in range(2)]
     assert not torch.equal(*depths), "others in every step of training"
+
+
+@pytest.mark.parametrize("policy", ["static:4,2,1", "random:0.6", "top:0.5,0.5,0.25"])
+def test_a_rule_halts_the_same_cells_with_either_accumulator(policy):
+    depth, rectangle = (halted(policy, halting=halting) for halting in ("depth", "rectangle"))
+    assert torch.equal(depth.active, rectangle.active) and not depth.active.all()
+    assert torch.equal(depth.logits, rectangle.logits)
 
 
 def test_tokens_that_fire_most():
@@ -645,8 +652,9 @@ def test_rules_are_checked():
             directed(model, policy)
         with pytest.raises(InvalidValue, match=message):
             dataclasses.replace(CONFIG, model=model.config, policy=policy)
-    with pytest.raises(InvalidValue, match="must halt by 'rectangle' or 'depth', got None"):
-        directed(atsnn.ATSpikformer(MODEL.replace(halting=None)), "static:1,1")
+    for halting in (None, "sequential"):
+        with pytest.raises(InvalidValue, match=f"by 'rectangle' or 'depth', got {halting!r}"):
+            directed(atsnn.ATSpikformer(MODEL.replace(halting=halting)), "static:1,1")
 
 
 def test_a_run_keeps_its_rule(tmp_path, capsys):

@@ -98,7 +98,9 @@ def add_options(sub: argparse.ArgumentParser, *, of_checkpoint: bool = False) ->
     )
     halting.add_argument(
         "--policy", metavar="RULE",
-        help="halt by a rule instead: static:4,3,2,1 random:0.6 top:0.8,0.6,0.4",
+        help="halt by a rule instead: static:4,3,2,1 (blocks at each timestep), random:0.6 (share "
+        "of cells), top:0.8,0.6,0.4 (share of tokens that goes on after each block); with "
+        "--halting rectangle or depth",
     )  # fmt: skip
     halting.add_argument("--merge-r", type=int, default=0, help="pairs to merge at each boundary")
     halting.add_argument("--merge-threshold", type=float,
