@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 import atsnn
 from atsnn import data
@@ -21,7 +22,7 @@ from atsnn.schedule import directed, is_directed
 from atsnn.train import TrainConfig, calibrate, evaluate, train, training_loss
 from atsnn.train.augment import augmented
 from atsnn.train.average import moving_average
-from atsnn.train.loop import _model, _step, splits_of
+from atsnn.train.loop import _model, _step, _warnings, splits_of
 from atsnn.train.loss import executed_share
 from atsnn.train.optimizer import optimizer_of, schedule_of
 from atsnn.train.settings import with_settings
@@ -211,6 +212,47 @@ def test_the_budget_pulls_towards_its_target():
     for progress, budget in ((0.0, 1.0), (0.4, 0.75), (0.6, 0.625), (0.8, 0.5), (1.0, 0.5)):
         loss = training_loss(trace, labels, falling, share, progress)
         torch.testing.assert_close(loss - plain, (share - budget) * trace.ponder_loss)
+
+
+@pytest.mark.parametrize("score", ["first", "mean", "linear", "constant"])
+@pytest.mark.parametrize("halting", ["rectangle", "depth", "sequential"])
+def test_where_every_token_stops_after_block_1_scores_have_no_gradient(halting, score):
+    """As the warning says, with a budget and without."""
+    model = atsnn.ATSpikformer(MODEL.replace(halting=halting, score=score))
+    for beta, learns in ((20.0, False), (-2.0, True)):
+        nn.init.constant_(model.halting.beta, beta)
+        trace = model(torch.rand(8, 1, 8, 8), return_trace=True)
+        assert bool(trace.active[1:].any()) == learns
+        for target in (0.9, None):
+            config = dataclasses.replace(CONFIG, model=model.config, target=target)
+            share = float(executed_share(trace))
+            loss = training_loss(trace, torch.zeros(8, dtype=torch.int64), config, share)
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            assert any(float(p.grad.abs().sum()) for p in model.halting.parameters()
+                       if p.grad is not None) == learns  # fmt: skip
+
+
+def test_the_warning_of_halting_everything_fits_the_run(tmp_path):
+    told = []
+    config = dataclasses.replace(
+        CONFIG, model=MODEL.replace(score="constant"), epochs=1, target=0.5
+    )
+    model, found = train(config, tmp_path / "low", log=told.append)
+    assert found.cells == 0.5
+    assert told[1:] == [
+        "  warning: every token stops after block 1: beta is set for --target 0.5, and with a "
+        "lower one more cells run than that; a larger --target lets tokens go on"
+    ]
+    assert 0.5 < calibrate(model, data.load("digits", 8)["train"], 0.8) <= 0.8
+    free = dataclasses.replace(config, target=None)
+    assert "--ponder-weight" in _warnings(found, free, True)[0]
+    assert _warnings(found, free, True) == _warnings(found, free, False)
+    (before,) = _warnings(found, config, False)
+    assert "at the end beta is set" in before and "--target-anneal" in before
+    some = dataclasses.replace(found, cells_by_block=[1.0, 0.5, 0.0])
+    assert _warnings(some, config, True) == ["block 3 is never executed"]
+    assert _warnings(some, dataclasses.replace(config, policy="static:2,1"), True) == []
 
 
 def test_distilling_asks_for_the_checkpoint_s_answers_beside_the_labels():

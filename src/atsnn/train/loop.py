@@ -162,7 +162,7 @@ def train(
             run.save_state()
             run.save_checkpoint()
             log(line)
-            for warning in _warnings(found, config):
+            for warning in _warnings(found, config, last):
                 log(f"  warning: {warning}")
             if tensorboard:
                 values = {f"{_name(config)}/accuracy": found.accuracy,
@@ -340,13 +340,29 @@ def _close_epoch(run: Run, batches: int, found: Evaluation) -> str:
     return line
 
 
-def _warnings(found: Evaluation, config: TrainConfig) -> list[str]:
+def _warnings(found: Evaluation, config: TrainConfig, last: bool) -> list[str]:
     if not config.halts or config.model.depth == 1:
         return []
-    told = []
-    if max(found.cells_by_block[1:]) == 0:
-        told.append("every token stops after block 1; no gradient can undo that")
-    for number, share in enumerate(found.cells_by_block[1:], 2):
-        if share == 0:
-            told.append(f"block {number} is never executed")
-    return told
+    later = found.cells_by_block[1:]
+    if max(later) == 0:
+        return [f"every token stops after block 1{_way_out(config, last)}"]
+    return [f"block {n} is never executed" for n, share in enumerate(later, 2) if share == 0]
+
+
+def _way_out(config: TrainConfig, last: bool) -> str:
+    """Why every token stops after block 1, as far as it is known, and what may help."""
+    if config.target is None:
+        return (
+            ", where scores have no gradient; a smaller --ponder-weight, a longer --ponder-warmup "
+            "or a budget, --target without --no-budget, may help"
+        )
+    if last:  # it was calibrated
+        return (
+            f": beta is set for --target {config.target:g}, and with a lower one more cells run "
+            "than that; a larger --target lets tokens go on"
+        )
+    return (
+        ", where scores have no gradient; at the end beta is set for --target, but blocks that "
+        "do not run learn nothing until then; --target-anneal, a smaller --ponder-weight or a "
+        "larger --target may help"
+    )
