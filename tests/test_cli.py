@@ -188,6 +188,15 @@ WRONG = [
     (["train", "--target", "0.1"], "target must be a number >= 0.25 and <= 1, got 0.1"),
     (["train", "--lr", "nan"], "lr must be a number > 0, got nan"),
     (["train", "--heads", "7"], "embed_dim must be a multiple of num_heads 7"),
+    (["train", "--timesteps", "0"], "T must be a number >= 1 and <= 1048576, got 0 (--timesteps)"),
+    (["train", "--validation", "100000"], "must be a number >= 1 and <= 1436, got 100000 (--valid"),
+    (["train", "--data-dir", "/nope"], "must be a directory, got /nope (--data-dir)"),
+    (["train", "--batch-size", "1"], "batch_size must be a number >= 2, got 1 (--batch-size)"),
+    (
+        ["sweep", "--vary", "T=0"],
+        "point 'T=0': SpikformerConfig: T must be a number >= 1 and <= 1048576, got 0\n",
+    ),
+    (["bench", "--config", "spikformer_4_384", "--set", "T=0"], "and <= 1048576, got 0\n"),
     (["train", "--halting", "sequential", "--merge-r", "2"], "cannot merge tokens"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from operator import attrgetter
@@ -15,7 +16,7 @@ from . import __version__
 from .checks import AtsnnError, InvalidValue, check_choice, require
 from .data import DATASETS
 from .sweep.command import add_options as add_sweep_options
-from .train.options import USUAL_DATA, add_data_options
+from .train.options import USUAL_DATA, add_data_options, option_of
 from .train.options import add_options as add_train_options
 
 GOOD, FAILED, WRONG_USE = 0, 1, 2
@@ -473,6 +474,17 @@ def _sweep(args: argparse.Namespace) -> int:
     return GOOD
 
 
+# What checks call values that options give, where no setting is called so.
+_CALLED = {"held_out: count": "validation", "load: the data folder": "data_dir"}
+
+
+def _with_option(message: str, args: argparse.Namespace) -> str:
+    """Name the option too where a check names the setting: ``T must be ... (--timesteps)``."""
+    found = re.match(r"(\w+: (\w+|the data folder)) must ", message)
+    option = _CALLED.get(found[1]) or option_of(found[2]) if found else ""
+    return f"{message} (--{option.replace('_', '-')})" if option in vars(args) else message
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 (good), 1 (a check failed) or 2 (wrong use)."""
     args = _parser().parse_args(argv)
@@ -480,7 +492,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except AtsnnError as error:
-        print(f"atsnn: {error}", file=sys.stderr)
+        print(f"atsnn: {_with_option(str(error), args)}", file=sys.stderr)
         return WRONG_USE
     except BrokenPipeError:
         return GOOD

@@ -11,7 +11,7 @@ from ..data import DATASETS
 from ..nn.config import SpikformerConfig
 from .config import PRECISIONS, TrainConfig
 
-__all__ = ["USUAL_DATA", "add_data_options", "add_options", "command_of", "config_of"]
+__all__ = ["USUAL_DATA", "add_data_options", "add_options", "command_of", "config_of", "option_of"]
 
 USUAL_DATA = "digits"  # where nothing says another
 
@@ -139,6 +139,11 @@ _NAMES = {"num_heads": "heads", "T": "timesteps"}
 _DERIVED = {"in_channels", "num_classes"}  # by the data set
 
 
+def option_of(name: str) -> str:
+    """The option that sets a setting, as ``argparse`` calls it."""
+    return _NAMES.get(name, name)
+
+
 def command_of(config: TrainConfig) -> str:
     """The ``atsnn train`` that makes this run, options at their defaults left out.
 
@@ -155,7 +160,7 @@ def command_of(config: TrainConfig) -> str:
     for name, value in values.items():
         if name in _DERIVED or value == defaults[name]:
             continue
-        option = _NAMES.get(name, name)
+        option = option_of(name)
         if name == "target" and value is None:
             words.append("--no-budget")
         elif not hasattr(usual, option):
