@@ -239,6 +239,23 @@ def test_unknown_words_exit_2(capsys, arguments):
     assert stop.value.code == 2 and "usage: atsnn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train", ["docs/method.md", "the share of cells that run is the cost", "default: digits"]),
+        ("sweep", ["docs/method.md", "default: that of the checkpoint, or digits"]),
+        ("eval", ["default: that of the checkpoint, or digits where it names none"]),
+        ("show", ["default: that of the checkpoint"]),
+        ("bench", ["default: that of the checkpoint"]),
+    ],
+)
+def test_help(capsys, command, told):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and all(line in text for line in told)
+
+
 def test_nothing_on_stderr_and_the_installed_command(tmp_path):
     command = [os.path.join(os.path.dirname(sys.executable), "atsnn"), "eval", "--limit", "8"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

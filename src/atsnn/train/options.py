@@ -71,28 +71,48 @@ def add_options(sub: argparse.ArgumentParser, *, of_checkpoint: bool = False) ->
     model.add_argument("--depth", type=int, default=4, help="blocks")
     model.add_argument("--heads", type=int, default=4, help="attention heads")
     model.add_argument("--timesteps", type=int, default=4, help="timesteps T")
-    halting = sub.add_argument_group("halting and merging")
+    halting = sub.add_argument_group(
+        "halting and merging",
+        "After every block each token (a patch of the image) gets a halting score in 0..1. Scores "
+        "add up over blocks and timesteps, and once the sum comes close to 1 the token halts: "
+        "later blocks do without it. A cell is one token in one block at one timestep; the share "
+        "of cells that run is the cost. docs/method.md has the formulas, docs/training.md the "
+        "recipes.",
+    )
     halting.add_argument(
         "--halting", default="rectangle", choices=("rectangle", "depth", "sequential", "none"),
-        help="how halting scores accumulate",
+        help="over what a token's scores add up: blocks and timesteps so far (rectangle), the "
+        "blocks of each timestep on its own (depth), all cells one after the other, timestep by "
+        "timestep (sequential); none: a plain Spikformer",
     )  # fmt: skip
     halting.add_argument(
         "--score", default="first", choices=("first", "mean", "linear", "constant"),
-        help="what the halting score is computed from",
+        help="what a token's score is computed from: its first channel, the mean of its channels, "
+        "a learned linear map of them, or nothing (constant: the same for all tokens)",
     )  # fmt: skip
     halting.add_argument(
         "--readout", default="mean-field", choices=("mean-field", "last"),
-        help="what is read of a token: the weighted mean of its blocks, or its last one",
+        help="what the classifier sees of a token: the mean of the blocks it ran, weighted by "
+        "their scores, or its last one alone",
     )  # fmt: skip
-    halting.add_argument("--eps", type=float, default=0.01, help="a token runs below 1 - EPS")
     halting.add_argument(
-        "--target", type=float, default=0.6, help="share of cells to execute, the budget"
-    )
+        "--eps", type=float, default=0.01,
+        help="a token halts once its scores add up to 1 - EPS; larger: earlier",
+    )  # fmt: skip
+    halting.add_argument(
+        "--target", type=float, default=0.6,
+        help="the budget: share of cells to run at most, from 1/DEPTH, as block 1 always runs "
+        "(sequential: 1/(DEPTH TIMESTEPS)), to 1",
+    )  # fmt: skip
     halting.add_argument("--target-anneal", type=float, default=0.0, metavar="SHARE",
-                         help="share of the steps in which the budget falls to it")  # fmt: skip
-    halting.add_argument("--ponder-weight", type=float, default=1.0, help="of the ponder loss")
+                         help="share of the steps in which the budget falls to that")  # fmt: skip
+    halting.add_argument(
+        "--ponder-weight", type=float, default=1.0,
+        help="how hard the loss pulls the number of blocks a token runs towards the budget, or "
+        "with --no-budget down",
+    )  # fmt: skip
     halting.add_argument("--ponder-warmup", type=float, default=0.0,
-                         help="share of the steps in which that weight rises")  # fmt: skip
+                         help="share of the steps in which that weight rises from 0")  # fmt: skip
     halting.add_argument(
         "--no-budget", action="store_true", help="weigh the ponder loss alone, without a target"
     )
