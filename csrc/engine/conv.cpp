@@ -239,16 +239,21 @@ int64_t set_columns(const ConvLif& a, Strip strip, int64_t width, int64_t pixels
   return columns;
 }
 
-// Pixels that are not wanted do not fire.
+// Pixels that are not wanted do not fire. Those that are will be written over, so that whole rows
+// are zeroed.
 void silence(const ConvLif& a, Strip strip, int64_t width, int64_t pixels, int64_t begin,
              int64_t end) {
   if (!strip.wanted || !a.out) return;
-  for (int64_t pixel = strip.top * width; pixel < strip.bottom * width; ++pixel) {
-    if (strip.wanted[pixel]) continue;
-    for (int64_t t = 0; t < a.T; ++t) {
-      const int64_t row = (t * a.B + strip.image) * pixels + pixel;
-      std::fill(a.out + row * a.map->panels() + begin, a.out + row * a.map->panels() + end,
-                uint64_t(0));
+  const int64_t panels = a.map->panels(), count = (strip.bottom - strip.top) * width;
+  for (int64_t t = 0; t < a.T; ++t) {
+    const int64_t row = (t * a.B + strip.image) * pixels + strip.top * width;
+    uint64_t* const out = a.out + row * panels;
+    if (begin == 0 && end == panels) {
+      std::fill_n(out, count * panels, uint64_t(0));
+      continue;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      std::fill(out + i * panels + begin, out + i * panels + end, uint64_t(0));
     }
   }
 }
@@ -287,7 +292,7 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
   Strip sums{image, 0, height, nullptr};
   if (a.wanted) {
     uint8_t* const read = s.read.data();
-    mark_read(neurons.wanted, halving, height, width, read);
+    mark_read(neurons.wanted, halving, height, width, read, read + height * width);
     sums.wanted = read;
   }
   int32_t* const sum_of = s.sum_of.data();
@@ -388,7 +393,7 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     for (ChunkScratch& s : scratch) {
       reserve(a, height, 1, s);
       s.sum_of.reserve(height * width);
-      if (a.wanted) s.read.reserve(height * width);
+      if (a.wanted) s.read.reserve((height + 1) * width);
       s.room.reserve((1 + (panels + shares - 1) / shares) * pixels * panel);
     }
     parallel(threads, a.B * shares, [&](int64_t item, int thread) {
@@ -425,27 +430,56 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
   return counted;
 }
 
+namespace {
+
+// The OR of 3 x 3 words around every second one of a row, of which `n` rows of words lie inside.
+void pool_row_of_words(const uint64_t* const* rows, int64_t n, int64_t width, uint64_t* to) {
+  const int64_t places = halved(width);
+  std::fill_n(to, places, uint64_t(0));
+  for (int64_t row = 0; row < n; ++row) {
+    const uint64_t* const from = rows[row];
+    for (int64_t x = 0; x < width / 2; ++x) to[x] |= from[2 * x] | from[2 * x + 1];
+    for (int64_t x = 1; x < places; ++x) to[x] |= from[2 * x - 1];
+    if (width % 2) to[places - 1] |= from[width - 1];
+  }
+}
+
+}  // namespace
+
 void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width, int64_t stride,
                const Window& window, uint64_t* out, int threads, const uint8_t* wanted) {
   const int64_t h = window.height(height), w = window.width(width);
+  const bool halves = window == halving && stride == 1;
   parallel(threads, maps, [&](int64_t map, int) {
     const uint64_t* in = bits + map * height * width * stride;
     const uint8_t* wants = wanted ? wanted + map * h * w : nullptr;
     uint64_t* to = out + map * h * w * stride;
-    for (int64_t y = 0; y < h; ++y) {
+    for (int64_t y = 0; y < h; ++y, to += w * stride, wants = wants ? wants + w : nullptr) {
+      if (wants && !std::memchr(wants, 1, w)) {
+        std::fill_n(to, w * stride, uint64_t(0));
+        continue;
+      }
       const int64_t first_y = y * window.stride_y - window.pad_y;
       const int64_t top = std::max<int64_t>(first_y, 0);
       const int64_t bottom = std::min(first_y + window.kernel_y, height);
-      for (int64_t x = 0; x < w; ++x, to += stride) {
+      if (halves) {
+        const uint64_t* rows[3];
+        for (int64_t ny = top; ny < bottom; ++ny) rows[ny - top] = in + ny * width;
+        pool_row_of_words(rows, bottom - top, width, to);
+        for (int64_t x = 0; wants && x < w; ++x) to[x] &= -uint64_t(wants[x]);
+        continue;
+      }
+      for (int64_t x = 0; x < w; ++x) {
+        uint64_t* const place = to + x * stride;
         const int64_t first_x = x * window.stride_x - window.pad_x;
         const int64_t left = std::max<int64_t>(first_x, 0);
         const int64_t right = std::min(first_x + window.kernel_x, width);
-        std::fill_n(to, stride, uint64_t(0));
-        if (wants && !wants[y * w + x]) continue;
+        std::fill_n(place, stride, uint64_t(0));
+        if (wants && !wants[x]) continue;
         for (int64_t ny = top; ny < bottom; ++ny) {
           for (int64_t nx = left; nx < right; ++nx) {
             const uint64_t* from = in + (ny * width + nx) * stride;
-            for (int64_t i = 0; i < stride; ++i) to[i] |= from[i];
+            for (int64_t i = 0; i < stride; ++i) place[i] |= from[i];
           }
         }
       }
@@ -454,24 +488,27 @@ void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width
 }
 
 void mark_read(const uint8_t* wanted, const Window& window, int64_t height, int64_t width,
-               uint8_t* read) {
+               uint8_t* read, uint8_t* row) {
   const Window w = window;
   const int64_t places = w.width(width);
   std::fill_n(read, height * width, uint8_t(0));
   for (int64_t y = 0; y < w.height(height); ++y, wanted += places) {
     if (!std::memchr(wanted, 1, places)) continue;
+    // What a row of windows reads of each row that it looks at.
+    std::fill_n(row, width, uint8_t(0));
+    for (int64_t kx = 0; kx < w.kernel_x; ++kx) {
+      const int64_t shift = kx - w.pad_x;
+      const auto [begin, end] = w.inside_x(kx, width);
+      if (w.stride_x == 1) {
+        for (int64_t x = begin; x < end; ++x) row[x + shift] |= wanted[x];
+      } else {
+        for (int64_t x = begin; x < end; ++x) row[x * w.stride_x + shift] |= wanted[x];
+      }
+    }
     const int64_t top = y * w.stride_y - w.pad_y;
     for (int64_t ny = std::max<int64_t>(top, 0); ny < std::min(top + w.kernel_y, height); ++ny) {
-      for (int64_t kx = 0; kx < w.kernel_x; ++kx) {
-        const int64_t shift = kx - w.pad_x;
-        const auto [begin, end] = w.inside_x(kx, width);
-        uint8_t* const row = read + ny * width;
-        if (w.stride_x == 1) {
-          for (int64_t x = begin; x < end; ++x) row[x + shift] |= wanted[x];
-        } else {
-          for (int64_t x = begin; x < end; ++x) row[x * w.stride_x + shift] |= wanted[x];
-        }
-      }
+      uint8_t* const to = read + ny * width;
+      for (int64_t x = 0; x < width; ++x) to[x] |= row[x];
     }
   }
 }

@@ -37,8 +37,8 @@ void pool_bits(const uint64_t* bits, int64_t maps, int64_t height, int64_t width
 constexpr Window halving = {3, 3, 2, 2, 1, 1};
 
 // Marks, with 1, which pixels of a map [height, width] the pixels behind a window read whose
-// `wanted` is 1.
+// `wanted` is 1; `row`: `width` bytes of scratch.
 void mark_read(const uint8_t* wanted, const Window& window, int64_t height, int64_t width,
-               uint8_t* read);
+               uint8_t* read, uint8_t* row);
 
 }  // namespace atsnn

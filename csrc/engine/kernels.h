@@ -84,13 +84,18 @@ struct NarrowWords {
         stride_y(w.stride_y),
         taps(std::min(word_bits / channels, w.kernel_x)),
         parts((w.kernel_x + taps - 1) / taps),
-        rows(parts > 1 ? 1 : std::min(word_bits / (w.kernel_x * channels), w.kernel_y)) {}
-  // Words of scratch for a strip of so many rows and pixels a row of the output.
+        rows(parts > 1 ? 1 : std::min(word_bits / (w.kernel_x * channels), w.kernel_y)),
+        row_bits(w.kernel_x * channels),
+        part_bits(taps * channels) {}
+  // Of a window.
+  int64_t count() const { return (kernel_y + rows - 1) / rows * parts; }
+  // Words of scratch for a strip of so many rows and pixels a row of the output: those of the rows,
+  // and of the windows of one row.
   int64_t room(int64_t strip, int64_t width, int64_t T) const {
-    return T * ((strip - 1) * stride_y + kernel_y) * parts * width;
+    return T * (((strip - 1) * stride_y + kernel_y) * parts + count()) * width;
   }
 
-  int64_t kernel_y, stride_y, taps, parts, rows;
+  int64_t kernel_y, stride_y, taps, parts, rows, row_bits, part_bits;
 };
 
 // A convolution of narrow maps, a word a pixel, to one panel of outputs, and its neurons, for a

@@ -18,19 +18,31 @@ class WindowRows {
         above_(a.strip.top * a.window.stride_y - a.window.pad_y),
         next_(above_),
         places_(a.window.width(a.width)),
-        rows_((a.strip.bottom - a.strip.top - 1) * a.window.stride_y + a.window.kernel_y) {}
+        rows_((a.strip.bottom - a.strip.top - 1) * a.window.stride_y + a.window.kernel_y),
+        windows_(a.room + a.T * rows_ * words.parts * places_) {}
 
-  // Puts together what row `y` of the output reads; rows have to come in their order. Returns the
-  // first of it: word (timestep, ky, part, x) is at [((timestep * rows() + ky) * parts + part) *
-  // width + x].
+  // Puts together what row `y` of the output reads; rows have to come in their order. Word i of
+  // the window of place x at a timestep is at [(timestep * words.count() + i) * width + x].
   const uint64_t* of(int64_t y) {
     const int64_t first = y * a_.window.stride_y - a_.window.pad_y;
     for (next_ = std::max(next_, first); next_ < first + a_.window.kernel_y; ++next_) {
       for (int64_t t = 0; t < a_.T; ++t) put_together(next_, t);
     }
-    return at(first, 0);
+    uint64_t* to = windows_;
+    for (int64_t t = 0; t < a_.T; ++t) {
+      for (int64_t ky = 0; ky < a_.window.kernel_y; ky += words_.rows) {
+        const int64_t n = words_.parts * places_;
+        std::copy_n(at(first + ky, t), n, to);
+        for (int64_t i = 1; i < std::min(words_.rows, a_.window.kernel_y - ky); ++i) {
+          const uint64_t* const from = at(first + ky + i, t);
+          const int64_t shift = i * words_.row_bits;
+          for (int64_t x = 0; x < n; ++x) to[x] |= from[x] << shift;
+        }
+        to += n;
+      }
+    }
+    return windows_;
   }
-  int64_t rows() const { return rows_; }
 
  private:
   uint64_t* at(int64_t row, int64_t t) const {
@@ -60,6 +72,7 @@ class WindowRows {
   const int64_t above_;  // the row of the input that comes first
   int64_t next_;         // that has not been put together
   const int64_t places_, rows_;
+  uint64_t* const windows_;
 };
 
 // Of `n` vectors of outputs.
@@ -69,9 +82,15 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
   constexpr int64_t width = Simd<float>::width;
   const Window w = a.window;
   const NarrowWords words(w, a.channels);
-  const int64_t places = w.width(a.width), outputs = count_bits(a.valid);
-  const int64_t row_words = words.parts * places;
-  const int64_t row_bits = w.kernel_x * a.channels, part_bits = words.taps * a.channels;
+  const int64_t places = w.width(a.width), outputs = count_bits(a.valid), count = words.count();
+  const float* weight[most_taps];  // of the inputs of each word of a window
+  for (int64_t i = 0, first = 0; i < count; ++i) {
+    weight[i] = a.weight + first * panel;
+    const bool last = words.parts > 1 && (i + 1) % words.parts == 0;
+    first += words.parts == 1 ? words.rows * words.row_bits
+             : last           ? words.row_bits - (words.parts - 1) * words.part_bits
+                              : words.part_bits;
+  }
   const bool centred = w.pad_y < w.kernel_y && w.pad_x < w.kernel_x;
   vec<float> bias[n];
   for (int i = 0; i < n; ++i) bias[i] = load(a.bias + i * width);
@@ -82,47 +101,32 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
     if (wanted && !std::memchr(wanted, 1, places)) continue;
     const uint64_t* const windows = input.of(y);
     const int64_t centre_y = y * w.stride_y;
+    // Places whose centre is inside.
+    const int64_t counted = centred && centre_y < a.height ? (a.width - 1) / w.stride_x + 1 : 0;
+    const uint64_t* const row = a.bits + centre_y * a.width;
     for (int64_t x = 0; x < places; ++x) {
       if (wanted && !wanted[x]) continue;
-      const int64_t pixel = y * places + x, centre_x = x * w.stride_x;
-      const bool counted = centred && centre_y < a.height && centre_x < a.width;
-      const uint64_t* centre = a.bits + centre_y * a.width + centre_x;
-      const uint64_t* at = windows + x;
-      uint64_t* out = a.out + pixel;
+      const int64_t pixel = y * places + x;
+      for (int64_t t = 0; x < counted && t < a.T; ++t) {
+        counts.input += count_bits(row[t * a.step + x * w.stride_x]);
+      }
       float* const state = a.state ? a.state + pixel * outputs : nullptr;
       vec<float> v[n];
       load_state<n>(v, a.at_rest ? nullptr : state, outputs, c.v_reset);
-      for (int64_t t = 0; t < a.T; ++t) {
-        if (counted) counts.input += count_bits(*centre);
+      const uint64_t* word = windows + x;
+      uint64_t* out = a.out + pixel;
+      for (int64_t t = 0; t < a.T; ++t, out += a.out_step) {
         vec<float> sum[n];
         for (int i = 0; i < n; ++i) sum[i] = bias[i];
-        const float* weight = a.weight;
-        const auto add = [&](uint64_t word, int64_t bits) {
-          each_bit(word, [&](int64_t bit) {
-            for (int i = 0; i < n; ++i) sum[i] += load(weight + bit * panel + i * width);
+        for (int64_t i = 0; i < count; ++i, word += places) {
+          const float* const from = weight[i];
+          each_bit(*word, [&](int64_t bit) {
+            for (int j = 0; j < n; ++j) sum[j] += load(from + bit * panel + j * width);
           });
-          weight += bits * panel;
-        };
-        for (int64_t ky = 0; ky < w.kernel_y; ky += words.rows) {
-          const uint64_t* const row = at + ky * row_words;
-          if (words.parts > 1) {
-            int64_t left = row_bits;
-            for (int64_t i = 0; i < words.parts; ++i, left -= part_bits) {
-              add(row[i * places], std::min(left, part_bits));
-            }
-            continue;
-          }
-          const int64_t rows = std::min(words.rows, w.kernel_y - ky);
-          uint64_t word = row[0];
-          for (int64_t i = 1; i < rows; ++i) word |= row[i * row_words] << (i * row_bits);
-          add(word, rows * row_bits);
         }
         const uint64_t fires = step_neurons<kind, multiply, hard, n>(v, sum, c) & a.valid;
         *out = fires;
         counts.spikes += count_bits(fires);
-        at += input.rows() * row_words;
-        centre += a.step;
-        out += a.out_step;
       }
       store_state<n>(v, state, outputs);
     }

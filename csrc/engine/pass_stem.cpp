@@ -140,9 +140,10 @@ void Pass::stem_step(int64_t t, StreamState* state, const int64_t* active) {
 void Pass::want_stem(const int64_t* active) {
   const auto each_image = [&](const uint8_t* from, int64_t pixels, const Window& window,
                               int64_t side, Buffer<uint8_t>& to) {
-    to.reserve(B_ * side * side);
+    uint8_t* const read = to.reserve((B_ * side + 1) * side);
     for (int64_t b = 0; b < B_; ++b) {
-      mark_read(from + b * pixels, window, side, side, to.data() + b * side * side);
+      mark_read(from + b * pixels, window, side, side, read + b * side * side,
+                read + B_ * side * side);
     }
   };
   uint8_t* last = ws_.stem[position].after.reserve(B_ * N_);

@@ -12,6 +12,8 @@ namespace atsnn {
 struct Window {
   int64_t kernel_y = 3, kernel_x = 3, stride_y = 1, stride_x = 1, pad_y = 1, pad_x = 1;
 
+  bool operator==(const Window&) const = default;
+
   constexpr int64_t taps() const { return kernel_y * kernel_x; }
   int64_t height(int64_t input) const { return (input + 2 * pad_y - kernel_y) / stride_y + 1; }
   int64_t width(int64_t input) const { return (input + 2 * pad_x - kernel_x) / stride_x + 1; }

@@ -41,7 +41,8 @@ void check_read(Random& random, const Window& window, int64_t height, int64_t wi
     });
   }
   Array<uint8_t> read(want.size());
-  mark_read(wanted.data(), window, height, width, read.data());
+  Array<uint8_t> row(width);
+  mark_read(wanted.data(), window, height, width, read.data(), row.data());
   CHECK_SAME(read, want);
 }
 
