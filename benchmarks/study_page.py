@@ -188,19 +188,23 @@ def _number(value: float | None) -> str:
 
 def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The plain network, halting and what it has to beat, of every task, for the README."""
-    head = ["task", "method", "seeds", "accuracy", "to plain", "cells", "FLOPs"]
+    head = ["task", "method", "seeds", "accuracy", "to plain", "cells", "FLOPs", "ms an image"]
     lines = _head(head, left=2)
     for name, rows in parts.items():
         value = _value(rows)
         compared = {label for pair in PARTS[name]().pairs for label in pair}
         found = {s.label: s for s in summaries(rows) if s.label in compared}
         title = PARTS[name]().title
-        for label, s in found.items():
-            if len(s.rows) < LEAST or kind_of(label) not in ("plain", "halting", "static"):
-                continue
+        shown = [
+            label for label, s in found.items()
+            if len(s.rows) >= LEAST and kind_of(label) in ("halting", "static")
+        ]  # fmt: skip
+        for label in [PLAIN] * (PLAIN in found and bool(shown)) + shown:
+            s = found[label]
             to = difference(s, found[PLAIN], value) if PLAIN in found and label != PLAIN else None
             cells = [title, label, str(len(s.rows)), with_spread(s, value), _paired(to, s)]
             cells += [percent(s.mean(key)) for key in ("cells", "flops_share")]
+            cells.append(_number(s.mean(f"latency_ms.{max(study.TIMED)}")))
             lines.append("| " + " | ".join(cells) + " |")
             title = ""
     return "\n".join(lines)
