@@ -324,18 +324,25 @@ void run_pooled(const ConvLif& a, const Kernels& k, int64_t image, int64_t begin
   if (begin > 0) s.counted.input = input;  // counted once
 }
 
-// Maps a word wide, to one panel of outputs whose weights stay in the second cache. With more
-// panels lists serve all of them.
+// Maps a word wide, and images of few channels, to one panel of outputs whose weights stay in the
+// second cache. With more panels lists serve all of them.
 bool is_narrow(const ConvLif& a) {
-  return a.bits && !a.images && !a.counts && !a.sums && a.channels <= word_bits &&
-         a.map->panels() == 1 && a.window.taps() * a.channels <= few_inputs;
+  if (a.counts || a.sums || a.map->panels() != 1) return false;
+  const int64_t inputs = a.window.taps() * a.channels;
+  return a.images ? inputs <= word_bits : a.bits && a.channels <= word_bits && inputs <= few_inputs;
 }
 
 void run_narrow(const ConvLif& a, const Kernels& k, Strip strip, int64_t pixels, ChunkScratch& s) {
   const PackedLinear& map = *a.map;
   NarrowConv conv{};
-  conv.bits = a.bits + strip.image * a.height * a.width;
-  conv.step = a.B * a.height * a.width;
+  const int64_t size = a.height * a.width * (a.images ? a.channels : 1);
+  if (a.images) {
+    conv.image = a.images + strip.image * size;
+    conv.still = a.still;
+  } else {
+    conv.bits = a.bits + strip.image * size;
+  }
+  conv.step = a.B * size;
   conv.height = a.height;
   conv.width = a.width;
   conv.channels = a.channels;
@@ -351,7 +358,7 @@ void run_narrow(const ConvLif& a, const Kernels& k, Strip strip, int64_t pixels,
   conv.at_rest = a.at_rest;
   conv.room = s.windows.data();
   const NarrowCounts counted = k.conv_narrow(conv, a.neuron);
-  s.counted.input += static_cast<double>(counted.input);
+  s.counted.input += counted.input;
   s.counted.spikes[0] += counted.spikes;
 }
 
@@ -414,7 +421,7 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
     for (ChunkScratch& s : scratch) {
       if (narrow) {
         s.counted = {};
-        s.windows.reserve(NarrowWords(a.window, a.channels).room(rows, width, a.T));
+        if (a.bits) s.windows.reserve(NarrowWords(a.window, a.channels).room(rows, width, a.T));
       } else {
         reserve(a, rows, steps, s);
       }

@@ -98,11 +98,13 @@ struct NarrowWords {
   int64_t kernel_y, stride_y, taps, parts, rows, row_bits, part_bits;
 };
 
-// A convolution of narrow maps, a word a pixel, to one panel of outputs, and its neurons, for a
-// strip of one image: nothing is listed or stored in between. Sums and neurons are those of AddRows
-// and Fire.
+// A convolution of narrow maps, a word a pixel, or of a float image, to one panel of outputs, and
+// its neurons, for a strip of one image: nothing is listed or stored in between. Sums and neurons
+// are those of AddRows and Fire.
 struct NarrowConv {
   const uint64_t* bits;  // pixel p at timestep t: bits[t * step + p]
+  const float* image;    // instead: [channels, height, width] at image + t * step
+  bool still;            // the first one is that of all timesteps
   int64_t step, height, width, channels, T;
   Window window;
   Strip strip;
@@ -111,11 +113,12 @@ struct NarrowConv {
   uint64_t* out;               // pixel p at timestep t: out[t * out_step + p]
   int64_t out_step;
   float* state;    // of each pixel of the image, `valid` channels, read and written; null: at rest
-  uint64_t* room;  // NarrowWords::room of scratch
+  uint64_t* room;  // NarrowWords::room of scratch, for bits
   bool at_rest = false;  // neurons begin at rest, and `state` is written only
 };
 struct NarrowCounts {
-  int64_t input, spikes;
+  double input;
+  int64_t spikes;
 };
 
 // Spiking attention of the heads of one image, in bits: see spiking_attention in

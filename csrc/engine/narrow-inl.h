@@ -95,6 +95,7 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
   vec<float> bias[n];
   for (int i = 0; i < n; ++i) bias[i] = load(a.bias + i * width);
   NarrowCounts counts{};
+  int64_t input_spikes = 0;
   WindowRows input(a, words);
   for (int64_t y = a.strip.top; y < a.strip.bottom; ++y) {
     const uint8_t* const wanted = a.strip.wanted ? a.strip.wanted + y * places : nullptr;
@@ -108,7 +109,7 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
       if (wanted && !wanted[x]) continue;
       const int64_t pixel = y * places + x;
       for (int64_t t = 0; x < counted && t < a.T; ++t) {
-        counts.input += count_bits(row[t * a.step + x * w.stride_x]);
+        input_spikes += count_bits(row[t * a.step + x * w.stride_x]);
       }
       float* const state = a.state ? a.state + pixel * outputs : nullptr;
       vec<float> v[n];
@@ -131,7 +132,54 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
       store_state<n>(v, state, outputs);
     }
   }
+  counts.input = static_cast<double>(input_spikes);
   return counts;
+}
+
+// The same of a float image. What is zero is added too, which changes no sum.
+template <Charge kind, bool multiply, bool hard, int n>
+NarrowCounts image_of(const NarrowConv& a, const Constants<float>& settings) {
+  const Constants<float> c = settings;
+  constexpr int64_t width = Simd<float>::width;
+  const int64_t outputs = count_bits(a.valid), pixels = a.height * a.width;
+  const int64_t taps = a.window.taps(), channels = a.channels;
+  vec<float> bias[n];
+  for (int i = 0; i < n; ++i) bias[i] = load(a.bias + i * width);
+  NarrowCounts counts{};
+  each_window(a.window, a.height, a.width, a.strip, 0, [&](int64_t pixel, const Taps& at) {
+    float* const state = a.state ? a.state + pixel * outputs : nullptr;
+    vec<float> v[n], sum[n];
+    load_state<n>(v, a.at_rest ? nullptr : state, outputs, c.v_reset);
+    uint64_t* out = a.out + pixel;
+    for (int64_t t = 0; t < a.T; ++t, out += a.out_step) {
+      if (t == 0 || !a.still) {
+        const float* const image = a.image + t * a.step;
+        const float* weight = a.weight;
+        for (int i = 0; i < n; ++i) sum[i] = bias[i];
+        for (int64_t tap = 0; tap < taps; ++tap, weight += channels * panel) {
+          const int64_t from = at[tap];
+          for (int64_t channel = 0; from >= 0 && channel < channels; ++channel) {
+            const vec<float> x = vec<float>{} + image[channel * pixels + from];
+            for (int i = 0; i < n; ++i) sum[i] += x * load(weight + channel * panel + i * width);
+          }
+        }
+        for (int64_t channel = 0; at.centre >= 0 && channel < channels; ++channel) {
+          counts.input += image[channel * pixels + at.centre];
+        }
+      }
+      const uint64_t fires = step_neurons<kind, multiply, hard, n>(v, sum, c) & a.valid;
+      *out = fires;
+      counts.spikes += count_bits(fires);
+    }
+    store_state<n>(v, state, outputs);
+  });
+  return counts;
+}
+
+template <Charge kind, bool multiply, bool hard, int n>
+NarrowCounts conv_of(const NarrowConv& a, const Constants<float>& c) {
+  return a.image ? image_of<kind, multiply, hard, n>(a, c)
+                 : narrow_of<kind, multiply, hard, n>(a, c);
 }
 
 NarrowCounts conv_narrow(const NarrowConv& a, const NeuronParams& p) {
@@ -142,9 +190,9 @@ NarrowCounts conv_narrow(const NarrowConv& a, const NeuronParams& p) {
     constexpr bool times = multiply.value, to_reset = hard.value;
     const Constants<float> c(p);
     constexpr int n = panel_vectors;
-    if (outputs <= n / 4 * width) return narrow_of<charge, times, to_reset, n / 4>(a, c);
-    if (outputs <= n / 2 * width) return narrow_of<charge, times, to_reset, n / 2>(a, c);
-    return narrow_of<charge, times, to_reset, n>(a, c);
+    if (outputs <= n / 4 * width) return conv_of<charge, times, to_reset, n / 4>(a, c);
+    if (outputs <= n / 2 * width) return conv_of<charge, times, to_reset, n / 2>(a, c);
+    return conv_of<charge, times, to_reset, n>(a, c);
   });
 }
 
