@@ -27,10 +27,11 @@ from typing import Any
 from study_parts import FIRST, PARTS, Part
 
 from atsnn import data
+from atsnn.checkpoint import load_trained
 from atsnn.insight import insight
 from atsnn.insight import to_dict as detail_of
 from atsnn.measure import machine
-from atsnn.sweep import Point, load_run, sweep
+from atsnn.sweep import Point, sweep
 from atsnn.sweep.measure import timed
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "study"
@@ -57,7 +58,7 @@ def latency(name: str, runs: Path, methods: Sequence[str] | None) -> None:
     part = PARTS[name]()
     folder, points = part.folder(0, runs), _points(part, 0, runs, methods)
     rows = [row for row in read(name, 0) if row["label"] in points]
-    models = {label: load_run(folder / p.key, _config(p)) for label, p in points.items()}
+    models = {label: load_trained(folder / p.key) for label, p in points.items()}
     c = part.base
     images = data.load(c.data, c.model.image_size, c.data_dir)["test"][: max(TIMED)].images
     for label, found in timed(models, images, TIMED, rounds=21).items():
@@ -120,7 +121,7 @@ def _detail(point: Point, folder: Path) -> dict[str, Any]:
     if not c.halts:
         return {}
     images = data.load(c.data, c.model.image_size, c.data_dir)["test"]
-    return {"detail": detail_of(insight(load_run(folder / point.key, c), images))}
+    return {"detail": detail_of(insight(load_trained(folder / point.key), images))}
 
 
 def everything(runs: Path, jobs: int) -> None:

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 import atsnn
-from atsnn import data
-from atsnn.checks import InvalidValue
+from atsnn import cli, data
+from atsnn.checkpoint import load_trained, save_pretrained
+from atsnn.checks import CheckpointError, InvalidValue
+from atsnn.compare import compare_engine
 from atsnn.nn.blocks import Context
-from atsnn.schedule import directed, is_directed
+from atsnn.schedule import directed, policy_scores, rule_of, score_of, undirected
+from atsnn.sweep import Point, sweep
 from atsnn.train import TrainConfig, evaluate
 
 MODEL = atsnn.SpikformerConfig(
@@ -84,8 +87,6 @@ def test_rules_are_checked():
 
 
 def test_a_run_keeps_its_rule(tmp_path, capsys):
-    from atsnn import cli
-
     options = ["--image-size", "8", "--embed-dim", "16", "--heads", "2", "--depth", "2",
                "--timesteps", "2", "--epochs", "1", "--halting", "depth", "--policy", "static:2,1",
                "--shift", "1"]  # fmt: skip
@@ -96,4 +97,66 @@ def test_a_run_keeps_its_rule(tmp_path, capsys):
     assert found["cells"] == 0.75
     rule = directed(atsnn.from_pretrained(out), "static:2,1")
     assert found["accuracy"] == evaluate(rule, data.load("digits", 8)["test"]).accuracy
-    assert is_directed(rule) and not is_directed(rule.without_halting())
+    assert rule_of(rule) == "static:2,1" and rule_of(rule.without_halting()) is None
+
+
+# -- a checkpoint that was trained under a rule ---------------------------------------------------
+
+
+@pytest.fixture
+def ruled(tmp_path):
+    """The digits' weights as if they had been trained under a rule that runs half of the cells."""
+    extra = {"data": "digits", "policy": "static:4,2,1,1"}
+    return save_pretrained(atsnn.from_pretrained("digits"), tmp_path / "ruled", extra)
+
+
+def test_bench_measures_it_under_its_rule(ruled, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    options = ["--checkpoint", str(ruled), "--limit", "4", "--batch", "2", "--rounds", "1"]
+    assert cli.main(["bench", *options, "--json", str(out)]) == 0, capsys.readouterr().err
+    found = json.loads(out.read_text())
+    (cost,) = found["patterns"].values()
+    assert cost["cells"] == [[128] * 4, [128, 128, 0, 0], [128, 0, 0, 0], [128, 0, 0, 0]]
+    assert found["accuracy"]["this model"]["cells"] == 0.5
+    assert found["accuracy"]["this model"]["score"] == "static:4,2,1,1"
+    assert {row["backend"] for row in found["latency"]} == {"engine", "native"}
+
+
+def test_a_sweep_runs_it_under_its_rule_and_refuses_what_does_not_go_with_it(ruled, tmp_path):
+    split = data.load("digits", 32)["test"][:8]
+    points = [Point("as given", changes={}), Point("merged", changes={"merge_r": 4})]
+    rows = sweep(points, tmp_path, checkpoint=ruled, split=split, batches=())["rows"]
+    assert rows[0]["cells"] == 0.5 > rows[1]["cells"]
+    for changes, message in {
+        ("target", 0.5): "halts by its scores, got one that halts by a rule, static:4,2,1,1",
+        ("halting", "sequential"): "must halt by 'rectangle' or 'depth', got 'sequential'",
+        ("halting", None): "must halt by 'rectangle' or 'depth', got None",
+    }.items():
+        point = Point("other", changes=dict([changes]))
+        with pytest.raises(InvalidValue, match=f"point 'other': .*{message}"):
+            sweep([*points, point], tmp_path, checkpoint=ruled, split=split, batches=())
+
+
+def test_an_engine_refuses_a_rule_and_takes_its_scores(ruled):
+    model, images = load_trained(ruled), data.load("digits", 32)["test"][:3].images
+    with pytest.raises(InvalidValue, match=r"freeze: .* halts by a rule \(static:4,2,1,1\)"):
+        atsnn.freeze(model)
+    engine = atsnn.freeze(undirected(model))
+    ran = engine(images, return_trace=True, scores=policy_scores(model, images))
+    assert ran.depth.unique().tolist() == [1, 2, 4]
+    difference = compare_engine(model, images)
+    assert difference.spikes > 0 and difference.cells == 0, "both run the cells of the rule"
+
+
+def test_what_a_model_halts_by():
+    own, plain = atsnn.from_pretrained("digits"), atsnn.from_pretrained("digits-dense")
+    assert score_of(own) == own.config.score and score_of(plain) is None
+    assert directed(own, None) is own and undirected(own) is own
+    assert policy_scores(own, torch.zeros(1, 1, 32, 32)) is None
+
+
+def test_a_recorded_rule_that_is_none_is_told_of(tmp_path):
+    extra = {"data": "digits", "policy": "static:9"}
+    folder = save_pretrained(atsnn.from_pretrained("digits"), tmp_path / "bad", extra)
+    with pytest.raises(CheckpointError, match="config.json: .*expects 4 numbers"):
+        load_trained(folder)

@@ -13,7 +13,7 @@ from atsnn import cli, data
 from atsnn.bench.subject import with_changes
 from atsnn.checks import InvalidValue
 from atsnn.cost import cost
-from atsnn.schedule import directed
+from atsnn.schedule import directed, policy_scores, undirected
 from atsnn.sweep import Point, checkpoint_grid, sweep, table, training_grid
 from atsnn.sweep.command import _separated
 from atsnn.sweep.measure import counted, timed
@@ -162,7 +162,9 @@ def test_a_rule_is_timed_with_its_own_cells():
     images = data.load("digits", 32)["test"][:3].images
     with torch.no_grad():
         trace = rule(images, return_trace=True)
-    ran = atsnn.freeze(rule)(images, return_trace=True, scores=trace.scores)
+    ran = atsnn.freeze(undirected(rule))(
+        images, return_trace=True, scores=policy_scores(rule, images)
+    )
     assert torch.equal(ran.active, trace.active)
     torch.testing.assert_close(ran.logits, trace.logits, rtol=1e-3, atol=1e-3)
 

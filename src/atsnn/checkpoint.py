@@ -15,8 +15,16 @@ from .card import model_card
 from .checks import AtsnnError, CheckpointError, InvalidType, InvalidValue
 from .nn.config import SpikformerConfig
 from .nn.model import ATSpikformer, batch_norms
+from .schedule import directed
 
-__all__ = ["PACKAGED", "from_pretrained", "read_config", "save_pretrained"]
+__all__ = [
+    "PACKAGED",
+    "from_pretrained",
+    "load_trained",
+    "read_config",
+    "read_extra",
+    "save_pretrained",
+]
 
 FORMAT, VERSION = "atsnn", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -119,6 +127,12 @@ def read_config(name: str | Path, **hub: Any) -> dict[str, Any]:
     return config
 
 
+def read_extra(name: str | Path, **hub: Any) -> dict[str, Any]:
+    """What a checkpoint says of how it came about: data, epochs, command, rule and so on."""
+    extra = read_config(name, **hub).get("extra")
+    return extra if isinstance(extra, dict) else {}
+
+
 def from_pretrained(name: str | Path, **hub: Any) -> ATSpikformer:
     """Load a model, in evaluation mode.
 
@@ -175,6 +189,18 @@ def from_pretrained(name: str | Path, **hub: Any) -> ATSpikformer:
     extra = config.get("extra")
     model.extra = extra if isinstance(extra, dict) else None
     return model.eval()
+
+
+def load_trained(name: str | Path, **hub: Any) -> ATSpikformer:
+    """Load a model as it was trained: one that a rule halted (``atsnn train --policy``) under it.
+
+    Takes what :func:`from_pretrained` takes, which loads the weights alone.
+    """
+    folder = _locate(name, **hub)
+    try:
+        return directed(from_pretrained(folder), read_extra(folder).get("policy"))
+    except (InvalidType, InvalidValue) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
 def check_empty_or_ours(folder: Path, also: Collection[str] = ()) -> None:

@@ -213,17 +213,11 @@ def _write_json(path: Path | None, result: dict[str, Any]) -> None:
         raise InvalidValue(f"--json: expected a file that can be written, got {error}") from error
 
 
-def _recorded(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint says of how it came about."""
-    from .checkpoint import read_config
-
-    extra = read_config(checkpoint).get("extra")
-    return extra if isinstance(extra, dict) else {}
-
-
 def _settle_data(args: argparse.Namespace) -> None:
     """Without ``--data`` a checkpoint runs on what it was trained on; on other images it warns."""
-    trained_on = None if args.checkpoint is None else _recorded(args.checkpoint).get("data")
+    from .checkpoint import read_extra
+
+    trained_on = None if args.checkpoint is None else read_extra(args.checkpoint).get("data")
     if args.data is None:
         args.data = trained_on if trained_on in tuple(DATASETS) else USUAL_DATA
     check_choice(args.command, "--data", args.data, DATASETS)
@@ -238,15 +232,11 @@ def _settle_data(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The checkpoint and the test images it is asked to run on."""
     from . import data
-    from .checkpoint import from_pretrained
+    from .checkpoint import load_trained
     from .checks import check_integer
-    from .schedule import directed
 
     _settle_data(args)
-    model = from_pretrained(args.checkpoint)
-    policy = _recorded(args.checkpoint).get("policy")
-    if policy is not None:  # it was trained to halt by this rule
-        model = directed(model, policy)
+    model = load_trained(args.checkpoint)
     split = data.load(args.data, model.config.image_size, args.data_dir)["test"]
     limit = getattr(args, "limit", None)
     if limit is not None:
@@ -391,6 +381,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from .bench.tables import accuracy_sheet
+    from .schedule import score_of
     from .train import evaluate
 
     console = _console()
@@ -398,7 +389,7 @@ def _eval(args: argparse.Namespace) -> int:
     if args.halting_off:
         model = model.without_halting()
     found = evaluate(model, split).to_dict()
-    found["score"] = model.config.score if model.config.halting else None
+    found["score"] = score_of(model)
     found["halting"] = model.config.halting
     console.print(accuracy_sheet({args.checkpoint: found}, args.data).rich())
     if args.detail or args.plot is not None:

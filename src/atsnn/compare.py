@@ -13,6 +13,7 @@ from .engine import freeze, layer_name
 from .layout import TokenLayout
 from .nn.model import ATSpikformer, check_images, evaluating
 from .nn.trace import FiringRates, Trace
+from .schedule import rule_of, undirected
 
 __all__ = ["Difference", "compare_engine", "compare_executions"]
 
@@ -125,14 +126,15 @@ def compare_engine(model: ATSpikformer, images: Tensor, batch: int = 32) -> Diff
         raise InvalidValue(f"{op}: images must hold at least one, got {shape_of(images)}")
     total = Difference(0, 0, 0, 0, 0, 0.0, ("engine", "model"))
     with torch.no_grad(), evaluating(model):
-        engine = freeze(model)
+        engine = freeze(undirected(model))
         for part in images.split(batch, images.dim() - 4):
             theirs = _Spikes()
             model_trace = model.forward_tokens(model.embed(part, theirs), True, theirs)
             assert isinstance(model_trace, Trace)
             ours = _Spikes()
             kept: list[tuple[Any, ...]] = []
-            trace = engine(part, True, record=kept.append)
+            scores = model_trace.scores if rule_of(model) else None  # a rule it does not know
+            trace = engine(part, True, scores=scores, record=kept.append)
             assert isinstance(trace, Trace)
             ours.kept = _dense(kept, model, theirs)
             total = _add(total, trace, ours, model_trace, theirs)

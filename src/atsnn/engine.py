@@ -36,6 +36,7 @@ from .nn.neurons import IF, LIF, PLIF
 from .nn.stem import SpikingPatchSplitting
 from .nn.trace import Trace
 from .ops.library import native, native_missing
+from .schedule import rule_of
 
 __all__ = ["Engine", "EngineState", "EngineTrace", "engine_of", "freeze", "levels"]
 
@@ -387,8 +388,8 @@ def freeze(model: ATSpikformer) -> Engine:
     Raises
     ------
     InvalidValue
-        If the model is in training mode, holds values that are not finite, or is larger than the
-        engine's integers.
+        If the model is in training mode, halts by a rule (:mod:`atsnn.schedule`), holds values
+        that are not finite, or is larger than the engine's integers.
     InvalidType
         If a layer is of a kind the engine does not know.
     BackendError
@@ -400,6 +401,13 @@ def freeze(model: ATSpikformer) -> Engine:
         raise InvalidType(
             f"{op}: model must be an ATSpikformer, itself and not a wrapper around it, "
             f"got {type(model).__name__}"
+        )
+    rule = rule_of(model)
+    if rule is not None:
+        raise InvalidValue(
+            f"{op}: the model must halt by its scores, got one that halts by a rule "
+            f"({rule}), which an engine does not know; freeze undirected(model) and "
+            f"give the engine scores=policy_scores(model, images), both of atsnn.schedule"
         )
     _check_model(model)
     c = model.config

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,10 +31,13 @@ from .nn.model import ATSpikformer
 __all__ = [
     "check_policy",
     "directed",
-    "is_directed",
+    "policy_scores",
+    "rule_of",
     "scheduled",
+    "score_of",
     "synthetic_depths",
     "synthetic_scores",
+    "undirected",
 ]
 
 
@@ -107,11 +111,10 @@ class _Directed(ATSpikformer):
 
     policy: Policy
     learns: bool
+    rule: str  # what a reader is told it halts by
 
     def without_halting(self) -> ATSpikformer:
-        plain = super().without_halting()
-        plain.__class__ = ATSpikformer  # no rule either
-        return plain
+        return undirected(super().without_halting())
 
     def _scores(self, number: int, run: PackedRun) -> Tensor | None:
         given = run.layout.pack(self.policy(number, run).float())  # also under autocast
@@ -123,20 +126,47 @@ class _Directed(ATSpikformer):
         return given if own is None else own + (given - own).detach()
 
 
-def _direct(op: str, model: ATSpikformer, policy: Policy, learns: bool) -> ATSpikformer:
+def _direct(op: str, model: ATSpikformer, policy: Policy, learns: bool, rule: str) -> ATSpikformer:
     if not isinstance(model, ATSpikformer):
         raise InvalidType(f"{op}: model must be an ATSpikformer, got {type(model).__name__}")
     _check_accumulator(op, model.config)
     twin = copy.copy(model)
     twin.__class__ = _Directed
     assert isinstance(twin, _Directed)
-    twin.policy, twin.learns = policy, learns
+    twin.policy, twin.learns, twin.rule = policy, learns, rule
     return twin
 
 
-def is_directed(model: ATSpikformer) -> bool:
-    """Whether a rule, and not its scores, halts the tokens of ``model``."""
-    return isinstance(model, _Directed)
+def rule_of(model: ATSpikformer) -> str | None:
+    """The rule that halts the tokens of ``model``; None: its scores do, or nothing."""
+    return model.rule if isinstance(model, _Directed) else None
+
+
+def undirected(model: ATSpikformer) -> ATSpikformer:
+    """``model`` without a rule: its tokens halt by its scores; weights are shared."""
+    if rule_of(model) is None:
+        return model
+    twin = copy.copy(model)
+    twin.__class__ = ATSpikformer
+    return twin
+
+
+@torch.no_grad()
+def policy_scores(model: ATSpikformer, images: Tensor) -> Tensor | None:
+    """The scores ``[L, T, B, N]`` that a rule gives for ``images``; None: the model's own halt.
+
+    They are what an engine is given, which knows no rules:
+    ``freeze(undirected(model))(images, scores=policy_scores(model, images))``.
+    """
+    if rule_of(model) is None:
+        return None
+    trace = model(images, return_trace=True)
+    return cast(Tensor, trace.scores)
+
+
+def score_of(model: ATSpikformer) -> str | None:
+    """What the tokens of ``model`` halt by: a score's name, or a rule; None: they do not halt."""
+    return rule_of(model) or (model.config.score if model.config.halting else None)
 
 
 def _check_accumulator(op: str, config: SpikformerConfig) -> None:
@@ -150,20 +180,22 @@ def scheduled(model: ATSpikformer, scores: Tensor) -> ATSpikformer:
     """``model`` with its halting scores replaced by ``scores [L, T, B, N]``; weights are shared."""
     shape = {"L": model.config.depth, "T": None, "B": None, "N": None}
     check_shape("scheduled", "scores", scores, **shape)
-    return _direct("scheduled", model, lambda number, run: scores[number], learns=True)
+    return _direct("scheduled", model, lambda number, run: scores[number], True, "given scores")
 
 
 # -- policies -------------------------------------------------------------------------------------
 
 
-def directed(model: ATSpikformer, policy: str) -> ATSpikformer:
+def directed(model: ATSpikformer, policy: str | None) -> ATSpikformer:
     """``model`` with its tokens halted by a rule; weights are shared.
 
     Parameters
     ----------
     model : ATSpikformer
         Which halts by ``"rectangle"`` or ``"depth"``; its scores are not used.
-    policy : str
+    policy : str or None
+        None: no rule, the model itself is returned.
+
         ``"static:D1,D2,..."``
             Every token runs ``D_t`` blocks at timestep ``t``, as many numbers as timesteps, none
             larger than the one before it.
@@ -175,8 +207,10 @@ def directed(model: ATSpikformer, policy: str) -> ATSpikformer:
             spikes in the residual stream over all timesteps (ties by the lower index), as
             TP-Spikformer prunes; ``depth - 1`` shares, none larger than the one before it.
     """
+    if policy is None:
+        return model
     check_policy("directed", policy, model.config)
-    return _direct("directed", model, _policy("directed", policy, model), learns=False)
+    return _direct("directed", model, _policy("directed", policy), False, policy)
 
 
 def check_policy(op: str, policy: str, config: SpikformerConfig) -> None:
@@ -212,7 +246,7 @@ def _parsed(op: str, policy: str) -> tuple[str, list[float]]:
         ) from None
 
 
-def _policy(op: str, policy: str, model: ATSpikformer) -> Policy:
+def _policy(op: str, policy: str) -> Policy:
     kind, values = _parsed(op, policy)
     if kind == "static":
         return _Static(torch.tensor(values))

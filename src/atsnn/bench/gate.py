@@ -10,6 +10,7 @@ from ..compare import compare_engine, compare_executions
 from ..engine import engine_of
 from ..nn.model import ATSpikformer
 from ..ops import available_backends, use_backend
+from ..schedule import undirected
 
 __all__ = ["GateFailed", "check_gate"]
 
@@ -48,7 +49,7 @@ def check_gate(model: ATSpikformer, images: Tensor) -> list[str]:
                 f"bench: expected the native backend to give the reference's {name} bit for bit, "
                 f"got {int((ours != theirs).sum())} of {ours.numel()} different"
             )
-    engine = engine_of(model)
+    engine = engine_of(undirected(model))
     found.append(engine if isinstance(engine, str) else str(compare_engine(model, images)))
     return [
         f"native = reference bit for bit on {len(images)} images (logits, scores, depths)",

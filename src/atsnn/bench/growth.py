@@ -164,8 +164,9 @@ def _point(
     engine = engine_of(subject.model if halts else subject.model.without_halting())
     if not isinstance(engine, Engine):
         raise BackendError(f"bench: growth is told by the engine's clock, but {engine}")
-    scores = Pattern(1 - at).scores(subject.model, B) if halts else None
-    return _Point(at, engine, subject.images(B), scores, c)
+    images = subject.images(B)
+    scores = Pattern(1 - at).scores(subject.model, images) if halts else None
+    return _Point(at, engine, images, scores, c)
 
 
 def _measure(

@@ -18,7 +18,7 @@ from ..engine import Engine, EngineTrace, engine_of
 from ..measure import Timing, interleaved, realized_fraction
 from ..nn.model import ATSpikformer
 from ..ops import use_backend
-from ..schedule import scheduled, synthetic_depths, synthetic_scores
+from ..schedule import policy_scores, scheduled, synthetic_depths, synthetic_scores, undirected
 from .subject import Subject
 
 __all__ = ["BACKENDS", "OWN", "Pattern", "Pieces", "measure_batch", "patterns_of", "read_clocks"]
@@ -29,7 +29,7 @@ OWN = "its own scores"
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which cells halt: by the model's own scores, or a share of them by a synthetic pattern."""
+    """Which cells halt: those the model halts itself, or a share by a synthetic pattern."""
 
     halted: float | None = None
 
@@ -37,12 +37,12 @@ class Pattern:
     def name(self) -> str:
         return OWN if self.halted is None else f"{100 * self.halted:g} %"
 
-    def scores(self, model: ATSpikformer, B: int) -> Tensor | None:
+    def scores(self, model: ATSpikformer, images: Tensor) -> Tensor | None:
         """``[L, T, B, N]`` scores to go by; None: the model's own."""
         if self.halted is None:
-            return None
+            return policy_scores(model, images)
         c = model.config
-        shape = (c.depth, c.T, B, c.grid**2)
+        shape = (c.depth, c.T, len(images), c.grid**2)
         if self.halted == 0:
             return torch.zeros(shape)
         # Rounded, it may lie just below the least share there is.
@@ -128,8 +128,8 @@ def measure_batch(
     """
     model, images = subject.model, subject.images(B)
     plain = model.without_halting()
-    scores = {p: p.scores(model, B) for p in patterns}
-    engines = (engine_of(plain), engine_of(model)) if "engine" in backends else ("", "")
+    scores = {p: p.scores(model, images) for p in patterns}
+    engines = (engine_of(plain), engine_of(undirected(model))) if "engine" in backends else ("", "")
     off, on = _counted(plain, model, images, scores, engines)
     work: dict[str, Callable[[], object]] = {}
     clocks: dict[str, Pieces] = {}

@@ -12,6 +12,7 @@ import torch
 from ..checks import BackendError, InvalidValue, check_integer
 from ..engine import PIECES, Engine, engine_of
 from ..measure import machine
+from ..schedule import undirected
 from .gate import check_gate
 from .halting import Pattern, Pieces, measure_batch, read_clocks
 from .subject import Subject, resized, with_changes
@@ -106,9 +107,9 @@ def _pieces(
     elif not model.config.merging:
         model = with_changes(model, merge_r=max(1, model.config.grid**2 // MERGED))
     images = subject.images(B)
-    engines = [engine_of(one) for one in (model, model.without_halting())]
+    engines = [engine_of(one) for one in (undirected(model), model.without_halting())]
     clocks = []
-    for engine, given in zip(engines, (pattern.scores(model, B), None), strict=True):
+    for engine, given in zip(engines, (pattern.scores(model, images), None), strict=True):
         if not isinstance(engine, Engine):
             raise BackendError(f"bench: overheads are told by the engine's clock, but {engine}")
         clocks.append(Pieces(engine, images, given))

@@ -10,6 +10,7 @@ import torch
 from ..checks import check_choice, check_integer
 from ..cost import PJ_PER_MAC, PJ_PER_SOP
 from ..measure import machine
+from ..schedule import score_of
 from ..train import evaluate
 from .gate import check_gate
 from .halting import BACKENDS, measure_batch, patterns_of
@@ -108,6 +109,6 @@ def _accuracy(subject: Subject, log: Callable[[str], None]) -> dict[str, Any]:
     for name, candidate in models.items():
         c = candidate.config
         found[name] = evaluate(candidate, subject.split).to_dict() | {
-            "halting": c.halting, "score": c.score if c.halting else None, "merging": c.merging,
+            "halting": c.halting, "score": score_of(candidate), "merging": c.merging,
         }  # fmt: skip
     return found

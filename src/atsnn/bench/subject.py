@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ..checkpoint import from_pretrained
+from ..checkpoint import from_pretrained, load_trained
 from ..checks import InvalidValue, check_number
 from ..data import Split, load, patterns
 from ..firing import set_firing_rates
@@ -72,7 +72,7 @@ def of_checkpoint(
     name: str, data: str, folder: str | None = None, limit: int | None = None
 ) -> Subject:
     """A checkpoint and the test images it is asked to run on."""
-    model = from_pretrained(name)
+    model = load_trained(name)
     split = load(data, model.config.image_size, folder)["test"]
     channels = split.pixels.shape[1]
     if channels != model.config.in_channels:

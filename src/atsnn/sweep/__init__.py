@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from .output import draw, table
 from .points import EVALUATED, Point, checkpoint_grid, training_grid
-from .run import load_run, sweep
+from .run import sweep
 
 __all__ = [
     "EVALUATED",
     "Point",
     "checkpoint_grid",
     "draw",
-    "load_run",
     "sweep",
     "table",
     "training_grid",

@@ -13,7 +13,7 @@ from ..data import Split
 from ..engine import Engine, engine_of
 from ..measure import interleaved
 from ..nn.model import ATSpikformer
-from ..schedule import is_directed
+from ..schedule import policy_scores, undirected
 from ..train import evaluate
 
 __all__ = ["COST_IMAGES", "counted", "timed"]
@@ -42,12 +42,12 @@ def counted(model: ATSpikformer, split: Split) -> dict[str, Any]:
 
 def _costs(model: ATSpikformer, images: Tensor) -> tuple[Cost, Cost]:
     """Of a model, and of its weights with nothing halted and nothing merged."""
-    engine, plain = engine_of(model), engine_of(model.without_halting())
+    engine, plain = engine_of(undirected(model)), engine_of(model.without_halting())
     if isinstance(engine, str) or isinstance(plain, str):
         found = cost(model, images)
         assert found.dense is not None
         return found, found.dense
-    return engine.trace(images, scores=_given(model, images)).cost, plain.trace(images).cost
+    return engine.trace(images, scores=policy_scores(model, images)).cost, plain.trace(images).cost
 
 
 def timed(
@@ -59,7 +59,7 @@ def timed(
     says nothing about the method; if it takes none, the modules compute. Each call covers all of
     ``images``, in batches.
     """
-    engines = {name: engine_of(model.eval()) for name, model in models.items()}
+    engines = {name: engine_of(undirected(model).eval()) for name, model in models.items()}
     some = {name: engine for name, engine in engines.items() if isinstance(engine, Engine)}
     found: dict[str, dict[str, float]] = {name: {} for name in models}
     for size in batches:
@@ -79,14 +79,8 @@ def _call(
 ) -> Callable[[], None]:
     if engine is None:
         return _run(lambda x, scores: model(x), [(part, None) for part in parts])
-    given = [(part, _given(model, part)) for part in parts]
+    given = [(part, policy_scores(model, part)) for part in parts]
     return _run(lambda x, scores: engine(x, scores=scores), given)
-
-
-@torch.no_grad()
-def _given(model: ATSpikformer, images: Tensor) -> Tensor | None:
-    """The scores that a rule gives, which the engine does not know; of other models nothing."""
-    return model(images, return_trace=True).scores if is_directed(model) else None
 
 
 def _run(

@@ -11,7 +11,8 @@ from itertools import product
 from typing import Any
 
 from ..checks import AtsnnError, InvalidValue, check_number
-from ..nn.config import SpikformerConfig
+from ..nn.model import ATSpikformer
+from ..schedule import check_policy, rule_of
 from ..train import TrainConfig
 from ..train.settings import with_settings
 
@@ -81,12 +82,20 @@ def checkpoint_grid(vary: Mapping[str, Sequence[Any]]) -> list[Point]:
     return [Point(_label(values), changes=values) for values in _combinations(vary)]
 
 
-def check_changes(point: Point, config: SpikformerConfig) -> None:
-    """Refuse what a checkpoint of ``config`` cannot be run with."""
+def check_changes(point: Point, model: ATSpikformer) -> None:
+    """Refuse what a checkpoint cannot be run with."""
     changes = dict(point.changes or {})
     target = changes.pop("target", None)
     with _refused(point.label):
-        changed = config.replace(**changes)
+        changed = model.config.replace(**changes)
+        rule = rule_of(model)
+        if rule is not None:
+            if target is not None:
+                raise InvalidValue(
+                    f"target expects a model that halts by its scores, got one that halts by a "
+                    f"rule, {rule}"
+                )
+            check_policy("sweep", rule, changed)
         if target is not None:
             check_number("calibrate", "target", target, above=0, at_most=1)
             if changed.halting is None:

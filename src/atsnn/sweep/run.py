@@ -10,18 +10,17 @@ from typing import Any
 
 from .. import data
 from ..bench.subject import with_changes
-from ..checkpoint import from_pretrained, read_config
+from ..checkpoint import load_trained, read_config
 from ..checks import CheckpointError, InvalidValue
 from ..measure import machine
 from ..nn.model import ATSpikformer
-from ..schedule import directed
 from ..train import CALIBRATION, TrainConfig, calibrate, train
 from ..train.loop import splits_of
 from ..train.state import STATE
 from .measure import counted, timed
 from .points import Point, check_changes
 
-__all__ = ["load_run", "sweep"]
+__all__ = ["sweep"]
 
 ROWS = "rows.json"
 Log = Callable[[str], None]
@@ -77,9 +76,9 @@ def sweep(
         twice = next(p.label for p, key in zip(points, keys, strict=True) if keys.count(key) > 1)
         raise InvalidValue(f"sweep: every point must differ from the others, got {twice!r} twice")
     if checkpoint is not None:  # all of them, before the first one takes its time
-        config = from_pretrained(checkpoint).config
+        trained = load_trained(checkpoint)
         for point in points:
-            check_changes(point, config)
+            check_changes(point, trained)
     rows = _read(folder / ROWS)
     models, images = {}, None
     for number, point in enumerate(points, 1):
@@ -117,12 +116,6 @@ def sweep(
     return {"machine": machine(), "rows": [rows[key] for key in keys]}
 
 
-def load_run(folder: Path, config: TrainConfig) -> ATSpikformer:
-    """The model a run ended with, under its policy if it has one."""
-    model = from_pretrained(folder)
-    return model if config.policy is None else directed(model, config.policy)
-
-
 def _changed(
     point: Point, checkpoint: str | Path | None, training: data.Split | None, log: Log
 ) -> ATSpikformer:
@@ -131,7 +124,7 @@ def _changed(
         raise InvalidValue(f"sweep: point {point.label!r} expects a checkpoint, got None")
     changes = dict(point.changes or {})
     target = changes.pop("target", None)
-    model = with_changes(from_pretrained(checkpoint), **changes)
+    model = with_changes(load_trained(checkpoint), **changes)
     if target is not None:
         if training is None:
             raise InvalidValue(f"sweep: point {point.label!r} expects training images, got None")
@@ -150,7 +143,7 @@ def _trained(
     _, held_out = splits_of(c)
     if test and c.validation:
         held_out = data.load(c.data, c.model.image_size, c.data_dir)["test"]
-    return load_run(place, c), held_out, "test" if test or not c.validation else "validation"
+    return load_trained(place), held_out, "test" if test or not c.validation else "validation"
 
 
 def _digest(split: data.Split) -> str:

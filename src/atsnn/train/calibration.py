@@ -7,7 +7,7 @@ import torch
 from ..checks import InvalidValue, check_number
 from ..data import Split
 from ..nn.model import ATSpikformer
-from ..schedule import is_directed
+from ..schedule import rule_of
 from .evaluation import evaluate
 
 __all__ = ["CALIBRATION", "calibrate"]
@@ -50,7 +50,7 @@ def calibrate(model: ATSpikformer, split: Split, target: float) -> float:
     check_number("calibrate", "target", target, above=0, at_most=1)
     if model.halting is None:
         raise InvalidValue("calibrate: expected a model that halts, got halting=None")
-    if is_directed(model):
+    if rule_of(model) is not None:
         raise InvalidValue("calibrate: expected a model that halts by its scores, got a policy")
     before = evaluate(model, split).cells
     beta = model.halting.beta

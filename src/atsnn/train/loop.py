@@ -231,7 +231,7 @@ def _model(config: TrainConfig) -> ATSpikformer:
     if config.target_anneal and model.halting is not None:
         score = WHOLE / (config.model.depth * config.model.T)
         nn.init.constant_(model.halting.beta, math.log(score / (1 - score)))
-    return model if config.policy is None else directed(model, config.policy)
+    return directed(model, config.policy)
 
 
 def _begin_with(model: ATSpikformer, name: str) -> None:
