@@ -410,5 +410,13 @@ def test_wrong_use_is_named(capsys, arguments, message):
     assert message in err and err.startswith("atsnn: ") and "Traceback" not in err and out == ""
 
 
+def test_wrong_use_leaves_no_folders(capsys, tmp_path):
+    (tmp_path / "kept").mkdir()
+    for where in ("new/deep/b.json", "kept/b.json"):
+        code, _, _ = run(capsys, "--limit", "0", "--json", str(tmp_path / where))
+        assert code == 2
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+
+
 def test_patterns_name_themselves():
     assert halting.Pattern().name == halting.OWN and halting.Pattern(0.25).name == "25 %"

@@ -171,7 +171,10 @@ def _config(args: argparse.Namespace) -> SpikformerConfig:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """Before minutes of work: files of the right kind, in folders that can be made."""
+    """Before minutes of work: files of the right kind, in folders that can be made.
+
+    Nothing is left of it, as the command may still fail.
+    """
     kinds = {"plot": (".png", ".svg"), "html": (".html", ".htm"), "json": None}
     for option, endings in kinds.items():
         path: Path | None = getattr(args, option)
@@ -181,7 +184,7 @@ def _check_files(args: argparse.Namespace) -> None:
             raise InvalidValue(f"bench: --{option} must end in {' or '.join(endings)}, got {path}")
         if path.is_dir():
             raise InvalidValue(f"bench: --{option} must be a file, got the folder {path}")
-        new = not path.exists()
+        new, made = not path.exists(), [p for p in path.parents if not p.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
@@ -191,6 +194,8 @@ def _check_files(args: argparse.Namespace) -> None:
             ) from error
         if new:
             path.unlink()
+        for folder in made:
+            folder.rmdir()
 
 
 @contextmanager
