@@ -332,6 +332,11 @@ bool is_narrow(const ConvLif& a) {
   return a.images ? inputs <= word_bits : a.bits && a.channels <= word_bits && inputs <= few_inputs;
 }
 
+// Whether the neurons of neighbouring places run side by side.
+bool by_neighbours(const ConvLif& a) {
+  return a.images && a.still && !a.state && !a.wanted && a.window.stride_x == 1;
+}
+
 void run_narrow(const ConvLif& a, const Kernels& k, Strip strip, int64_t pixels, ChunkScratch& s) {
   const PackedLinear& map = *a.map;
   NarrowConv conv{};
@@ -357,6 +362,7 @@ void run_narrow(const ConvLif& a, const Kernels& k, Strip strip, int64_t pixels,
   if (a.state) conv.state = a.state + strip.image * pixels * map.outputs;
   conv.at_rest = a.at_rest;
   conv.room = s.windows.data();
+  if (by_neighbours(a)) conv.padded = s.room.data();
   const NarrowCounts counted = k.conv_narrow(conv, a.neuron);
   s.counted.input += counted.input;
   s.counted.spikes[0] += counted.spikes;
@@ -422,6 +428,9 @@ Counted run_conv_lif(const ConvLif& a, const Kernels& k, std::vector<ChunkScratc
       if (narrow) {
         s.counted = {};
         if (a.bits) s.windows.reserve(NarrowWords(a.window, a.channels).room(rows, width, a.T));
+        if (by_neighbours(a)) {
+          s.room.reserve(PaddedImage{a.window, a.width, a.channels}.room(rows));
+        }
       } else {
         reserve(a, rows, steps, s);
       }

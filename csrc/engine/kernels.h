@@ -98,6 +98,22 @@ struct NarrowWords {
   int64_t kernel_y, stride_y, taps, parts, rows, row_bits, part_bits;
 };
 
+// The rows of an image that a strip of windows reads, with the margin around it: zeros.
+struct PaddedImage {
+  Window window;
+  int64_t width, channels;  // of the image
+
+  // Floats from a row, or a channel of one, to the next.
+  int64_t pitch() const {
+    constexpr int64_t together = 16;  // neighbours at a time in the widest vector
+    const int64_t read = (window.width(width) + together - 1) / together * together;
+    return std::max(read + window.kernel_x - 1, window.pad_x + width);
+  }
+  int64_t room(int64_t rows) const {
+    return ((rows - 1) * window.stride_y + window.kernel_y) * channels * pitch();
+  }
+};
+
 // A convolution of narrow maps, a word a pixel, or of a float image, to one panel of outputs, and
 // its neurons, for a strip of one image: nothing is listed or stored in between. Sums and neurons
 // are those of AddRows and Fire.
@@ -115,6 +131,10 @@ struct NarrowConv {
   float* state;    // of each pixel of the image, `valid` channels, read and written; null: at rest
   uint64_t* room;  // NarrowWords::room of scratch, for bits
   bool at_rest = false;  // neurons begin at rest, and `state` is written only
+  // PaddedImage::room of scratch, or null. With it neighbouring places run side by side; for an
+  // image that stands still, neurons that begin at rest and are not kept, every place wanted, and
+  // windows that move by one place.
+  float* padded = nullptr;
 };
 struct NarrowCounts {
   double input;

@@ -94,8 +94,7 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
   const bool centred = w.pad_y < w.kernel_y && w.pad_x < w.kernel_x;
   vec<float> bias[n];
   for (int i = 0; i < n; ++i) bias[i] = load(a.bias + i * width);
-  NarrowCounts counts{};
-  int64_t input_spikes = 0;
+  int64_t input_spikes = 0, spikes = 0;  // not in the result, which lies in memory
   WindowRows input(a, words);
   for (int64_t y = a.strip.top; y < a.strip.bottom; ++y) {
     const uint8_t* const wanted = a.strip.wanted ? a.strip.wanted + y * places : nullptr;
@@ -127,13 +126,12 @@ NarrowCounts narrow_of(const NarrowConv& a, const Constants<float>& settings) {
         }
         const uint64_t fires = step_neurons<kind, multiply, hard, n>(v, sum, c) & a.valid;
         *out = fires;
-        counts.spikes += count_bits(fires);
+        spikes += count_bits(fires);
       }
       store_state<n>(v, state, outputs);
     }
   }
-  counts.input = static_cast<double>(input_spikes);
-  return counts;
+  return {static_cast<double>(input_spikes), spikes};
 }
 
 // The same of a float image. What is zero is added too, which changes no sum.
@@ -145,7 +143,8 @@ NarrowCounts image_of(const NarrowConv& a, const Constants<float>& settings) {
   const int64_t taps = a.window.taps(), channels = a.channels;
   vec<float> bias[n];
   for (int i = 0; i < n; ++i) bias[i] = load(a.bias + i * width);
-  NarrowCounts counts{};
+  double input = 0;
+  int64_t spikes = 0;
   each_window(a.window, a.height, a.width, a.strip, 0, [&](int64_t pixel, const Taps& at) {
     float* const state = a.state ? a.state + pixel * outputs : nullptr;
     vec<float> v[n], sum[n];
@@ -164,16 +163,120 @@ NarrowCounts image_of(const NarrowConv& a, const Constants<float>& settings) {
           }
         }
         for (int64_t channel = 0; at.centre >= 0 && channel < channels; ++channel) {
-          counts.input += image[channel * pixels + at.centre];
+          input += image[channel * pixels + at.centre];
         }
       }
       const uint64_t fires = step_neurons<kind, multiply, hard, n>(v, sum, c) & a.valid;
       *out = fires;
-      counts.spikes += count_bits(fires);
+      spikes += count_bits(fires);
     }
     store_state<n>(v, state, outputs);
   });
-  return counts;
+  return {input, spikes};
+}
+
+// The rows of an image that a strip reads, row by row and channel by channel, with the margin that
+// windows see around it: zeros.
+void pad_image(const NarrowConv& a, int64_t pitch) {
+  const Window& w = a.window;
+  const int64_t top = a.strip.top * w.stride_y - w.pad_y;
+  const int64_t rows = (a.strip.bottom - a.strip.top - 1) * w.stride_y + w.kernel_y;
+  float* to = a.padded;
+  for (int64_t row = top; row < top + rows; ++row) {
+    for (int64_t channel = 0; channel < a.channels; ++channel, to += pitch) {
+      std::fill_n(to, pitch, 0.0f);
+      if (row < 0 || row >= a.height) continue;
+      std::copy_n(a.image + (channel * a.height + row) * a.width, a.width, to + w.pad_x);
+    }
+  }
+}
+
+// Bit i of each element: whether that neuron of v[i] fires.
+template <Charge kind, bool multiply, bool hard, int n>
+ATSNN_INLINE Simd<float>::I step_words(vec<float>* v, const vec<float>* x,
+                                       const Constants<float>& c) {
+  Simd<float>::I word{};
+  for (int i = 0; i < n; ++i) {
+    const vec<float> u = charge<kind, multiply>(v[i], x[i], c);
+    word |= (u >= c.v_threshold) & (1 << i);
+    v[i] = reset<hard>(u, c);
+  }
+  return word;
+}
+
+// Words of the first `n` of a vector of neighbours, from bit `first` on.
+ATSNN_INLINE void put_words(Simd<float>::I word, int64_t first, int64_t n, uint64_t* out) {
+  typedef uint64_t Words __attribute__((vector_size(2 * ATSNN_VECTOR_BYTES)));
+  Words words = __builtin_convertvector(word, Words) << first;
+  if (first > 0) {
+    Words before{};
+    std::memcpy(&before, out, n * sizeof(uint64_t));
+    words |= before;
+  }
+  if (n == Simd<float>::width) {
+    std::memcpy(out, &words, sizeof words);
+  } else {
+    std::memcpy(out, &words, n * sizeof(uint64_t));
+  }
+}
+
+// Apart, as what it counts would not stay in a register there.
+ATSNN_NOINLINE int64_t count_row(const uint64_t* words, int64_t n) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found += count_bits(words[i]);
+  return found;
+}
+
+// The same of an image that stands still, of neurons that begin at rest and are not kept: a vector
+// holds neighbouring places of an output, so that none of it is idle however few outputs are.
+template <Charge kind, bool multiply, bool hard>
+NarrowCounts still_image_of(const NarrowConv& a, const Constants<float>& settings) {
+  const Constants<float> c = settings;
+  constexpr int64_t width = Simd<float>::width;
+  constexpr int n = 4;  // outputs at a time: their sums and membranes stay in registers
+  const Window w = a.window;
+  const int64_t outputs = count_bits(a.valid), places = w.width(a.width), channels = a.channels;
+  const int64_t pitch = PaddedImage{w, a.width, channels}.pitch();
+  pad_image(a, pitch);
+  double input = 0;
+  int64_t spikes = 0;
+  for (int64_t y = a.strip.top; y < a.strip.bottom; ++y) {
+    const float* const rows = a.padded + (y - a.strip.top) * w.stride_y * channels * pitch;
+    for (int64_t first = 0; first < outputs; first += n) {
+      const Simd<float>::I valid = Simd<float>::I{} + int32_t(a.valid >> first & ((1 << n) - 1));
+      for (int64_t x = 0; x < places; x += width) {
+        const float* weight = a.weight + first;
+        vec<float> sum[n], v[n];
+        for (int i = 0; i < n; ++i) {
+          sum[i] = vec<float>{} + a.bias[first + i];
+          v[i] = vec<float>{} + c.v_reset;
+        }
+        for (int64_t ky = 0; ky < w.kernel_y; ++ky) {
+          for (int64_t kx = 0; kx < w.kernel_x; ++kx) {
+            for (int64_t channel = 0; channel < channels; ++channel, weight += panel) {
+              const vec<float> in = load(rows + (ky * channels + channel) * pitch + x + kx);
+              for (int i = 0; i < n; ++i) sum[i] += in * weight[i];
+            }
+          }
+        }
+        const int64_t inside = std::min(places - x, width);
+        uint64_t* out = a.out + y * places + x;
+        for (int64_t t = 0; t < a.T; ++t, out += a.out_step) {
+          put_words(step_words<kind, multiply, hard, n>(v, sum, c) & valid, first, inside, out);
+        }
+      }
+    }
+    for (int64_t t = 0; t < a.T; ++t)
+      spikes += count_row(a.out + t * a.out_step + y * places, places);
+    if (w.pad_y >= w.kernel_y || w.pad_x >= w.kernel_x || y * w.stride_y >= a.height) continue;
+    const float* const row = a.image + y * w.stride_y * a.width;
+    for (int64_t x = 0; x < std::min(places, a.width); ++x) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        input += row[channel * a.height * a.width + x];
+      }
+    }
+  }
+  return {input, spikes};
 }
 
 template <Charge kind, bool multiply, bool hard, int n>
@@ -190,6 +293,7 @@ NarrowCounts conv_narrow(const NarrowConv& a, const NeuronParams& p) {
     constexpr bool times = multiply.value, to_reset = hard.value;
     const Constants<float> c(p);
     constexpr int n = panel_vectors;
+    if (a.padded) return still_image_of<charge, times, to_reset>(a, c);
     if (outputs <= n / 4 * width) return conv_of<charge, times, to_reset, n / 4>(a, c);
     if (outputs <= n / 2 * width) return conv_of<charge, times, to_reset, n / 2>(a, c);
     return conv_of<charge, times, to_reset, n>(a, c);
