@@ -160,7 +160,7 @@ def _fashion_tuned() -> Part:
             "merging, random pairs": {**PLAIN, "merge_r": (24, 4, 4), "merge_match": "random"},
             "halting + merging": {**GRADUAL, **MERGED},
         },
-        once=(*UNBUDGETED, "static 3,1"),
+        once=("static 3,1",),
         pairs=(("halting", "plain"), ("halting", "static 2,2"), ("halting", "random halting"),
                ("merging", "merging, random pairs")),
     )  # fmt: skip
