@@ -19,10 +19,10 @@ import study
 import torch
 from scipy import stats
 from study_parts import PARTS, Part
-from study_picture import kind_of, picture
+from study_picture import kind_of, legend, picture
 
 from atsnn import ATSpikformer, SpikformerConfig, cost
-from atsnn.bench.plots import save
+from atsnn.bench.plots import Plot, save
 from atsnn.sheets import percent
 from atsnn.sweep.output import Summary, summaries, with_spread
 
@@ -187,11 +187,14 @@ def _number(value: float | None) -> str:
 
 
 def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The plain network, halting and what it has to beat, of the tasks with most seeds, for the README."""
+    """The plain network, halting and what it has to beat, for the README.
+
+    Of the tasks with most seeds, which are those that answer the question.
+    """
     head = ["task", "method", "seeds", "accuracy", "to plain", "cells", "FLOPs", "ms an image"]
     lines = _head(head, left=2)
     for name, rows in parts.items():
-        if max(PARTS[name]().seeds, PARTS[name]().more) <= LEAST:
+        if not PARTS[name]().headline:
             continue
         value = _value(rows)
         compared = {label for pair in PARTS[name]().pairs for label in pair}
@@ -210,6 +213,18 @@ def headline(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
             title = ""
     return "\n".join(lines)
+
+
+def pictures(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
+    """One of each task, then what numbers in them stand for."""
+    found = {PARTS[name]().title: summaries(rows) for name, rows in parts.items()}
+    values = [_value(rows) for rows in parts.values()]
+    drawn = [
+        picture(title, NAMES[value], methods, value)
+        for (title, methods), value in zip(found.items(), values, strict=True)
+    ]
+    keys = [legend(title, methods) for title, methods in found.items()]
+    return drawn + [one for one in keys if one is not None]
 
 
 def verdicts(part: Part, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -322,11 +337,7 @@ def main() -> None:
                 for name in PARTS} | texts)  # fmt: skip
     fill(README, {"headline": headline(parts)})
     FIGURES.write_text(json.dumps(figures(parts), indent=1) + "\n")
-    pictures = [
-        picture(PARTS[name]().title, NAMES[value], summaries(rows), value)
-        for name, rows in parts.items() for value in [_value(rows)]
-    ]  # fmt: skip
-    save(pictures, DOCS / "study.png")
+    save(pictures(parts), DOCS / "study.png")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def _fashion_long() -> Part:
         "Fashion-MNIST, trained longer", FASHION,
         _fashion_network(6), {**TAUGHT, "epochs": 2},
         {"plain": PLAIN, "halting": GRADUAL, "static 2,2": static(2, 2)},
-        seeds=5,
+        headline=("plain", "halting", "static 2,2"), more=5,
         pairs=(("halting", "plain"), ("halting", "static 2,2")),
     )  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""The study's pictures: accuracy against the share of cells, every point with its method's name."""
+"""The study's pictures: accuracy against the share of cells, every point with its method's name.
+
+Where points are too many for their names they have numbers, which a legend explains.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ MARKS = dict(zip(KINDS, "D^sov", strict=True))
 ACROSS, UP = 72 * WIDTH - 45, 72 * HEIGHT - 60
 SIZE, LINE, CHARACTER = 6, 7.2, 3.6  # of a name: its font, its height, a character's width
 GAP = 5  # from a point's middle to its name
+MOST_NAMED = 12  # points of a picture; more have numbers
 FAR = 0.2  # below the best: there a point lies at the edge, with its value, and leaves others room
 
 
@@ -41,6 +45,7 @@ def picture(title: str, measure: str, found: Sequence[Summary], value: str) -> P
         The rows' field that holds it.
     """
 
+    numbers = _numbers(found)
     best = max(s.mean(value) or 0 for s in found)
     near = [s for s in found if (s.mean(value) or 0) > best - FAR]
     far = [s for s in found if s not in near]
@@ -60,16 +65,44 @@ def picture(title: str, measure: str, found: Sequence[Summary], value: str) -> P
         axes.margins(y=0.15)
         low, high = axes.get_ylim()
         axes.set_ylim(low, high)  # now, as names go where points are
-        names = [Name(s.label, *_point(s, value), 100 * (s.spread(value) or 0), s) for s in near]
+        called = {s.label: numbers.get(s.label, s.label) for s in found}
+        names = [
+            Name(called[s.label], *_point(s, value), 100 * (s.spread(value) or 0), s) for s in near
+        ]
         edge = low + 0.04 * (high - low)
         for s in far:
             x, y = _point(s, value)
             axes.plot(x, edge, marker=MARKS[kind_of(s.label)], color=_colour(s), markersize=5,
 )  # fmt: skip
-            names.append(Name(f"{s.label}: {y:.1f} %", x, edge, 0, s))
+            names.append(Name(f"{called[s.label]}: {y:.1f} %", x, edge, 0, s))
         _name(axes, names)
 
     return Plot(title, draw, f"{title}: {measure} against share of cells executed.")
+
+
+def legend(title: str, found: Sequence[Summary]) -> Plot | None:
+    """What the numbers of a picture stand for; None where its points have names."""
+    numbers = _numbers(found)
+    if not numbers:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.set_axis_off()
+        for row, s in enumerate(found):
+            up = 1 - (row + 0.5) * min(0.07, 1 / len(found))
+            axes.plot(0.08, up, marker=MARKS[kind_of(s.label)], color=_colour(s), markersize=5,
+                      transform=axes.transAxes)  # fmt: skip
+            for x, text, side in ((0.05, numbers[s.label], "right"), (0.11, s.label, "left")):
+                axes.text(x, up, text, ha=side, va="center", fontsize=SIZE + 1, color=_colour(s),
+                          transform=axes.transAxes)  # fmt: skip
+
+    return Plot(f"Numbers: {title}", draw, f"The methods of {title}, by number.")
+
+
+def _numbers(found: Sequence[Summary]) -> dict[str, str]:
+    if len(found) <= MOST_NAMED:
+        return {}
+    return {s.label: str(number) for number, s in enumerate(found, 1)}
 
 
 def _point(s: Summary, value: str) -> tuple[float, float]:

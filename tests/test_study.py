@@ -198,8 +198,9 @@ def test_differences_are_paired_by_seed():
     }  # fmt: skip
 
 
-def test_every_point_has_its_name_and_no_name_hides_another():
-    """Twenty methods in a corner, some of them at the very same place; by what is drawn."""
+@pytest.mark.parametrize("methods", [12, 20])
+def test_every_point_has_its_name_and_no_name_hides_another(methods):
+    """In a corner, some of them at the very same place, with error bars; by what is drawn."""
     pytest.importorskip("matplotlib")
     from matplotlib import figure as figures
     from matplotlib import text as texts
@@ -208,9 +209,12 @@ def test_every_point_has_its_name_and_no_name_hides_another():
     found = [
         Summary(
             rng.choice(study_picture.KINDS) + f" of number {n}",
-            ({"accuracy": 0.8 + 0.01 * (n % 3), "cells": (1.0, 0.01, 0.5)[n % 3]},) * (1 + n % 2),
+            tuple(
+                {"accuracy": 0.8 + 0.01 * (n % 3) + apart, "cells": (1.0, 0.01, 0.5)[n % 3]}
+                for apart in (-0.004, 0.004)[: 1 + n % 2]
+            ),
         )
-        for n in range(20)
+        for n in range(methods)
     ]
     size = (study_picture.WIDTH, study_picture.HEIGHT)
     figure = figures.Figure(figsize=size, layout="constrained")
@@ -219,12 +223,23 @@ def test_every_point_has_its_name_and_no_name_hides_another():
     axes.set_title(plot.title)
     plot.draw(axes)
     figure.draw_without_rendering()
-    assert sorted(text.get_text() for text in axes.texts) == sorted(s.label for s in found)
+    drawn, labels = [text.get_text() for text in axes.texts], [s.label for s in found]
+    legend = study_picture.legend("A title", found)
+    if methods > study_picture.MOST_NAMED:
+        assert sorted(drawn, key=int) == [str(n) for n in range(1, methods + 1)]
+        beside = figures.Figure(figsize=size).add_subplot()
+        legend.draw(beside)
+        lines = [text.get_text() for text in beside.texts]
+        numbers = [str(n) for n in range(1, methods + 1)]
+        assert lines == [text for pair in zip(numbers, labels, strict=True) for text in pair]
+    else:
+        assert sorted(drawn) == sorted(labels) and legend is None
     frame = axes.get_window_extent()
     # Of the text alone, without the line to its point; of its height, what letters take.
     boxes = [texts.Text.get_window_extent(text).shrunk(1, 0.6) for text in axes.texts]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     assert all(frame.x0 - 5 < box.x0 and box.x1 < frame.x1 + 5 for box in boxes)
+    assert all(frame.y0 - 5 < box.y0 and box.y1 < frame.y1 + 5 for box in boxes)
 
 
 def test_a_point_far_below_is_drawn_at_the_edge_with_its_value():
