@@ -106,8 +106,9 @@ profile: build
 	  perf report -i build/perf.data --no-children --stdio 2> /dev/null | grep 'atsnn::' | head -15; \
 	else echo "perf is not installed: no times by function"; fi
 
+# A process a core: every test has the threads it asks for, and most ask for one.
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # The kernels without torch. Tracking variables would take a third of the compile time. GCC warns
 # of its own AVX-512 headers where the sanitizers keep it from seeing through them.

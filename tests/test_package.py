@@ -14,6 +14,9 @@ import atsnn
 
 ROOT = Path(__file__).parent.parent
 
+# Building writes into the tree: one process does it, where tests run in several.
+one_process = pytest.mark.xdist_group("package")
+
 
 def python(code: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -90,6 +93,7 @@ def sdist(tmp_path_factory):
     return next(path for path in out.iterdir() if path.is_dir())
 
 
+@one_process
 def test_the_source_distribution_holds_what_the_build_needs(sdist):
     patterns = ("csrc/**/*.h", "csrc/**/*.cpp", "kernels/*.py", "src/atsnn/**/*.py")
     want = [path for pattern in patterns for path in ROOT.glob(pattern)]
@@ -98,6 +102,7 @@ def test_the_source_distribution_holds_what_the_build_needs(sdist):
         assert (sdist / path.relative_to(ROOT)).is_file(), path
 
 
+@one_process
 def test_the_wheel_holds_kernels_and_checkpoints(sdist, tmp_path):
     code = f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})"
     result = subprocess.run(
