@@ -24,6 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# Before PyTorch is imported: with AMX sums of bfloat16 are taken in another order, and a network
+# comes out as one of another seed would. Without it rows are the same to the last bit on Xeons.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
 from study_parts import FIRST, PARTS, Part
 
 from atsnn import data

@@ -33,6 +33,7 @@ FIGURES = DOCS / "results" / "study.json"
 PLAIN = "plain"
 LEAST = 3  # seeds of what the README shows, and of which anything is concluded
 NOT_YET = "*(not run yet)*"
+SPIKED = ("sops", "energy_uj")
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,14 @@ def rows_of(name: str, part: Part) -> list[dict[str, Any]]:
     """All rows of a part, methods in its order."""
     found = [row for seed in range(max(part.seeds, part.more)) for row in study.read(name, seed)]
     order = list(part.methods)
-    plain = {row["seed"]: row for row in found if row["label"] == PLAIN}
-    full = part.network
-    kept = [_to_plain(row, full, plain.get(row["seed"])) for row in found if row["label"] in order]
+    plain = [row for row in found if row["label"] == PLAIN]
+    full = {
+        "cells": float(part.network.depth * part.network.T),
+        "steps": float(part.network.T),
+        "flops": flops_of(part.network),
+        **{key: statistics.fmean(row[key] for row in plain) for key in SPIKED if plain},
+    }
+    kept = [_to_plain(row, full) for row in found if row["label"] in order]
     return sorted(kept, key=lambda row: order.index(row["label"]))
 
 
@@ -108,25 +114,22 @@ def flops_of(network: SpikformerConfig) -> float:
     return cost(ATSpikformer(network), images).flops.total
 
 
-def _to_plain(
-    row: dict[str, Any], full: SpikformerConfig, plain: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """A row of a network of another depth or T, with its shares those of the full one's.
+def _to_plain(row: Mapping[str, Any], full: Mapping[str, float]) -> dict[str, Any]:
+    """A row with its shares those of the plain network, whatever its own depth, T and weights.
 
     A network of two timesteps is what a schedule is that runs no block at the third and fourth.
-    FLOPs follow from the configuration, what spikes cost is known from the plain network's row of
-    the same seed.
+    FLOPs follow from the configuration; what spikes cost is a mean over the plain network's
+    seeds, as a method may have seeds that it has not. A share of the row's own weights with
+    nothing halted would flatter a method that fires more: it would have more to save.
     """
+    flops = {"flops_share": row["flops"] / full["flops"]}
+    spiked = {f"{key.split('_')[0]}_share": row[key] / full[key] if key in full else None
+              for key in SPIKED}  # fmt: skip
     sides = (len(row["cells_by_block"]), len(row["cells_by_timestep"]))
-    if sides == (full.depth, full.T):
-        return row
-    shares: dict[str, float | None] = {"flops_share": row["flops"] / flops_of(full)}
-    for share, key in (("sops_share", "sops"), ("energy_share", "energy_uj")):
-        shares[share] = row[key] / plain[key] if plain and plain[key] else None
-    part = math.prod(sides) / (full.depth * full.T)
-    found = {**row, "cells": part * row["cells"], **shares}
+    part, steps = math.prod(sides) / full["cells"], sides[1] / full["steps"]
+    found = {**row, "cells": part * row["cells"], **flops, **spiked}
     if "detail" in row:
-        found["detail"] = _detail_of_full(row["detail"], part, sides[1] / full.T)
+        found["detail"] = _detail_of_full(row["detail"], part, steps)
     return found
 
 

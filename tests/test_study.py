@@ -133,12 +133,19 @@ def test_a_part_from_its_runs_to_its_page(place, monkeypatch):
     flops = rows["1 timestep"]["flops"] / rows["plain"]["flops"]
     assert short["flops_share"] == pytest.approx(flops)
     assert 0 < short["flops_share"] < 1
-    # Without a plain network of the seed all is known but what depends on its spikes.
-    alone = study_page._to_plain(rows["1 timestep"], part.network, None)
+    # So are synaptic operations, of whatever weights: of the plain network's, over its seeds.
+    plain = [row["sops"] for row in found if row["label"] == "plain"]
+    (halts,) = (row for row in found if row["label"] == "halting" and row["seed"] == 0)
+    assert len(plain) == 2
+    assert halts["sops_share"] == pytest.approx(halts["sops"] / statistics.fmean(plain))
+    assert halts["sops_share"] != pytest.approx(rows["halting"]["sops_share"])
+    # Without a plain network all is known but what depends on its spikes.
+    full = {"cells": 4.0, "steps": 2.0, "flops": study_page.flops_of(part.network)}
+    alone = study_page._to_plain(rows["1 timestep"], full)
     assert alone["cells"] == 0.5 and alone["flops_share"] == short["flops_share"]
     assert alone["sops_share"] is None and alone["energy_share"] is None
     told = {"confidence": [{"cells": 0.8}], "blocks_on_ink": 1.5, "blocks_on_background": None}
-    alone = study_page._to_plain({**rows["1 timestep"], "detail": told}, part.network, None)
+    alone = study_page._to_plain({**rows["1 timestep"], "detail": told}, full)
     assert alone["detail"] == {
         "confidence": [{"cells": 0.4}], "blocks_on_ink": 0.75, "blocks_on_background": None
     }  # fmt: skip
