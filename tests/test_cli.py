@@ -179,7 +179,7 @@ WRONG = [
     (["bench", "--limit", "4", "--batch", "1", "--rounds", "0"], "rounds must be a number >= 1"),
     (["bench", "--threads", "0"], "--threads must be a number >= 1 and <= 1024, got 0"),
     (["bench", "--threads", "100000"], "--threads must be a number >= 1 and <= 1024"),
-    (["show", "--count", "1", "--out", "/dev/null/x.png"], "expected files that can be used"),
+    (["show", "--count", "1", "--out", "/dev/null/x.png"], "--out: expected a file that can be"),
     (["train", "--out", "/dev/null/run"], "expected a folder that can be made"),
     (["show", "--count", "0"], "--count must be a number >= 1"),
     (["show", "--start", "360"], "and <= 359, got 360"),

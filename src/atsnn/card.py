@@ -33,6 +33,20 @@ fast = atsnn.freeze(model)  # for inference on CPUs
 ```
 """
 
+USE_OF_RULE = """## Use
+
+```python
+import atsnn
+from atsnn.checkpoint import load_trained
+from atsnn.schedule import policy_scores, undirected
+
+model = load_trained("{name}")  # under its rule; atsnn.from_pretrained loads the weights alone
+logits = model(images)  # float32 in 0..1, [B, {channels}, {size}, {size}]
+fast = atsnn.freeze(undirected(model))  # for inference on CPUs; it is given what the rule gives
+logits = fast(images, scores=policy_scores(model, images))
+```
+"""
+
 LIMITS = """## Limits
 
 Trained on one small data set, for research into adaptive computation; not for decisions about
@@ -80,7 +94,7 @@ def model_card(
         f"([paper]({PAPER})); no number of the paper is claimed as reproduced.",
         "",
         *_training(known),
-        USE.format(
+        (USE_OF_RULE if "policy" in known else USE).format(
             name=name, channels=c.in_channels, size=c.image_size,
         ),
         LIMITS,

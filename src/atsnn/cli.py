@@ -15,6 +15,7 @@ from typing import Any
 from . import __version__
 from .checks import AtsnnError, InvalidValue, check_choice, require
 from .data import DATASETS
+from .options import check_effects, check_files
 from .sweep.command import add_options as add_sweep_options
 from .train.options import USUAL_DATA, add_data_options, option_of
 from .train.options import add_options as add_train_options
@@ -118,7 +119,7 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
         help="continue a run that was cut off, with all its settings given again",
     )  # fmt: skip
     sub.add_argument(
-        "--save-every", type=float, default=300.0, metavar="SECONDS",
+        "--save-every", type=_seconds, default=300.0, metavar="SECONDS",
         help="write what resuming needs this often, and after every epoch",
     )  # fmt: skip
     sub.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
@@ -401,8 +402,6 @@ def _eval(args: argparse.Namespace) -> int:
 def _detail(console: Any, model: Any, split: Any, plot: Path | None) -> dict[str, Any]:
     from .insight import draw_classes, insight, insight_sheets, to_dict
 
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise InvalidValue(f"eval: --plot must end in .png, got {plot}")
     seen = insight(model, split)
     for sheet in insight_sheets(seen):
         console.print(sheet.rich())
@@ -420,10 +419,6 @@ def _show(args: argparse.Namespace) -> int:
     model, split = _load(args)
     check_integer("show", "--count", args.count, at_least=1, at_most=64)
     check_integer("show", "--start", args.start, at_least=0, at_most=len(split) - 1)
-    if args.out.suffix.lower() != ".png":
-        raise InvalidValue(f"show: --out must end in .png, got {args.out}")
-    if args.out.is_dir():
-        raise InvalidValue(f"show: --out must be a file, got the folder {args.out}")
     path = report.depth_map(model, split, args.out, args.count, args.start)
     _console().print(f"wrote {path}")
     return GOOD
@@ -465,6 +460,29 @@ def _sweep(args: argparse.Namespace) -> int:
     return GOOD
 
 
+def _given(argv: Sequence[str]) -> list[str]:
+    """The options that a command line names, whatever their values."""
+    parser = _parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for sub in commands.choices.values():
+        for action in sub._actions:
+            action.default = argparse.SUPPRESS
+    return list(vars(parser.parse_args(argv)))
+
+
+def _training_options() -> list[str]:
+    parser = argparse.ArgumentParser()
+    add_train_options(parser)
+    return list(vars(parser.parse_args([])))
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more seconds, got {text}")
+    return value
+
+
 # What checks call values that options give, where no setting is called so.
 _CALLED = {"held_out: count": "validation", "load: the data folder": "data_dir"}
 
@@ -481,6 +499,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        check_effects(args, _given(args.argv), _training_options())
+        if not int(os.environ.get("RANK", "0")):  # of several processes the first one writes
+            check_files(args)
         return args.run(args)
     except AtsnnError as error:
         print(f"atsnn: {_with_option(str(error), args)}", file=sys.stderr)

@@ -172,7 +172,8 @@ def score_of(model: ATSpikformer) -> str | None:
 def _check_accumulator(op: str, config: SpikformerConfig) -> None:
     if config.halting not in ("rectangle", "depth"):
         raise InvalidValue(
-            f"{op}: the model must halt by 'rectangle' or 'depth', got {config.halting!r}"
+            f"{op}: halting must be 'rectangle' or 'depth', where a rule can give the scores, "
+            f"got {config.halting!r}"
         )
 
 
@@ -223,13 +224,11 @@ def check_policy(op: str, policy: str, config: SpikformerConfig) -> None:
         low = 1 / config.depth
     if len(values) != count or not all(low <= value <= high for value in values):
         raise InvalidValue(
-            f"{op}: policy {kind!r} expects {count} numbers in {low:.3g} .. {high:.3g}, "
+            f"{op}: policy must name {count} numbers in {low:.3g} .. {high:.3g} for {kind!r}, "
             f"got {policy!r}"
         )
     if any(after > before for before, after in pairwise(values)):
-        raise InvalidValue(
-            f"{op}: policy {kind!r} expects numbers that do not rise, got {policy!r}"
-        )
+        raise InvalidValue(f"{op}: policy must name numbers that do not rise, got {policy!r}")
 
 
 def _parsed(op: str, policy: str) -> tuple[str, list[float]]:

@@ -7,7 +7,6 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import InvalidValue, check_choice, check_integer
@@ -34,7 +33,6 @@ Log = Callable[[str], None]
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure, print, and write pictures and page; returns what ``--json`` writes."""
-    _check_files(args)
     if args.growth is not None:
         result, head, sections, lines = _growth(args, console)
     elif args.overheads:
@@ -75,7 +73,7 @@ def _bench(args: argparse.Namespace, console: Console) -> Found:
         log("loading")
         subject = _subject(args)
         subject.model.execution = args.execution
-        halted = args.halted or (() if subject.trained else UNTRAINED_HALTED)
+        halted = args.halted or (() if subject.trained else _usual_halted(subject))
         expect(1 + steps(batches, backends, subject.trained))
         result = bench(
             subject, halted=halted, batches=batches, backends=backends,
@@ -91,6 +89,12 @@ def _bench(args: argparse.Namespace, console: Console) -> Found:
             "learned one: nothing is claimed about adaptivity here."
         )
     return result, subject.title, [("What halting saves", sheets, plots)], result["gate"]
+
+
+def _usual_halted(subject: Subject) -> Sequence[float]:
+    """Of an untrained network: those shares that its depth allows, as every block 1 runs."""
+    most = 1 - 1 / subject.model.config.depth
+    return [share for share in UNTRAINED_HALTED if share <= most] or [0.0]
 
 
 def _overheads(args: argparse.Namespace, console: Console) -> Found:
@@ -168,34 +172,6 @@ def _config(args: argparse.Namespace) -> SpikformerConfig:
         except ValueError:
             changes[name] = text
     return read_config(args.config, changes)
-
-
-def _check_files(args: argparse.Namespace) -> None:
-    """Before minutes of work: files of the right kind, in folders that can be made.
-
-    Nothing is left of it, as the command may still fail.
-    """
-    kinds = {"plot": (".png", ".svg"), "html": (".html", ".htm"), "json": None}
-    for option, endings in kinds.items():
-        path: Path | None = getattr(args, option)
-        if path is None:
-            continue
-        if endings and path.suffix.lower() not in endings:
-            raise InvalidValue(f"bench: --{option} must end in {' or '.join(endings)}, got {path}")
-        if path.is_dir():
-            raise InvalidValue(f"bench: --{option} must be a file, got the folder {path}")
-        new, made = not path.exists(), [p for p in path.parents if not p.exists()]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a").close()
-        except OSError as error:
-            raise InvalidValue(
-                f"bench: --{option}: expected a file that can be written, got {error}"
-            ) from error
-        if new:
-            path.unlink()
-        for folder in made:
-            folder.rmdir()
 
 
 @contextmanager

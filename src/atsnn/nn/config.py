@@ -61,7 +61,7 @@ class SpikformerConfig:
     merge_r : int or tuple of int
         Pairs of tokens that merge at each (or at every) block boundary.
     merge_threshold : float, optional
-        Merge every pair whose similarity exceeds it, instead of ``merge_r``.
+        Merge every pair whose similarity, in -1 .. 1, exceeds it, instead of ``merge_r``.
     merge_match : {"similar", "random"}
         How partners are found; ``random`` is a control.
     merge_sizes : bool
@@ -154,7 +154,7 @@ class SpikformerConfig:
         else:
             check_integer(op, "merge_r", self.merge_r, at_least=0)
         if self.merge_threshold is not None:
-            check_number(op, "merge_threshold", self.merge_threshold)
+            check_number(op, "merge_threshold", self.merge_threshold, at_least=-1, at_most=1)
             if any(self.merges):
                 raise InvalidValue(
                     f"{op}: at most one of merge_r and merge_threshold may be given, "

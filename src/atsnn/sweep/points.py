@@ -90,12 +90,13 @@ def check_changes(point: Point, model: ATSpikformer) -> None:
         changed = model.config.replace(**changes)
         rule = rule_of(model)
         if rule is not None:
-            if target is not None:
-                raise InvalidValue(
-                    f"target expects a model that halts by its scores, got one that halts by a "
-                    f"rule, {rule}"
-                )
-            check_policy("sweep", rule, changed)
+            for name in ("target", "eps"):  # a rule's depths stay the same with any
+                if name in (point.changes or {}):
+                    raise InvalidValue(
+                        f"{name} expects a model that halts by its scores, got one that halts by a "
+                        f"rule, {rule}"
+                    )
+            check_policy("policy", rule, changed)
         if target is not None:
             check_number("calibrate", "target", target, above=0, at_most=1)
             if changed.halting is None:

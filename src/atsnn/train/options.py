@@ -9,6 +9,7 @@ import shlex
 from ..checks import check_choice
 from ..data import DATASETS
 from ..nn.config import SpikformerConfig
+from ..options import BUDGET
 from .config import PRECISIONS, TrainConfig
 
 __all__ = ["USUAL_DATA", "add_data_options", "add_options", "command_of", "config_of", "option_of"]
@@ -175,10 +176,13 @@ def command_of(config: TrainConfig) -> str:
     words, beyond = ["atsnn train"], []
     values = {**dataclasses.asdict(config.model), **dataclasses.asdict(config)}
     del values["model"]
+    without_effect = () if config.halts else BUDGET
     default = config_of(usual)
     defaults = {**dataclasses.asdict(default.model), **dataclasses.asdict(default)}
     for name, value in values.items():
         if name in _DERIVED or value == defaults[name]:
+            continue
+        if value is not None and name in without_effect:
             continue
         option = option_of(name)
         if name == "target" and value is None:
