@@ -149,7 +149,7 @@ def _noise(result: dict[str, Any]) -> str:
     elif spread > NOISY:
         noise += ": a noisy run, repeat it before you rely on its times"
     return (
-        f"medians of {rounds} interleaved rounds; {noise}. saved: of the time with halting off. "
+        f"medians of {number_of(rounds, 'interleaved round')}; {noise}. saved: of the time with halting off. "
         "FLOPs: the share of them that is saved. "
         "realized = time saved / FLOPs saved."
     )
@@ -164,8 +164,8 @@ def _legend(result: dict[str, Any]) -> str:
         )
     return (
         "off: every cell of the same network runs, nothing halts. on: the packed form, in which "
-        "the rows of active cells exist and nothing else. Halting does not touch the stem, but the "
-        "engine's with the sequential accumulator. engine: the whole model, frozen (atsnn.freeze); "
+        "the rows of active cells exist and nothing else. Halting saves nothing in the stem, except "
+        "in the engine's with the sequential accumulator. engine: the whole model, frozen (atsnn.freeze); "
         "native: the modules, on C++ kernels."
     )
 
@@ -228,7 +228,7 @@ def overhead_sheets(result: dict[str, Any]) -> list[Sheet]:
            else ", one pair of eight tokens merged at each boundary.")
         + " Where tokens merge, moving rows is part of it. "
         "own: all of it, less what the readout costs "
-        f"without halting. Medians of {result['rounds']} interleaved rounds."
+        f"without halting. Medians of {number_of(result['rounds'], 'interleaved round')}."
     )  # fmt: skip
     even = Sheet(
         "From where on halting pays (no merging)",
