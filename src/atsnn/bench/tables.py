@@ -149,8 +149,8 @@ def _noise(result: dict[str, Any]) -> str:
     elif spread > NOISY:
         noise += ": a noisy run, repeat it before you rely on its times"
     return (
-        f"medians of {number_of(rounds, 'interleaved round')}; {noise}. saved: of the time with halting off. "
-        "FLOPs: the share of them that is saved. "
+        f"medians of {number_of(rounds, 'interleaved round')}; {noise}. "
+        "saved: of the time with halting off. FLOPs: the share of them that is saved. "
         "realized = time saved / FLOPs saved."
     )
 
@@ -164,9 +164,9 @@ def _legend(result: dict[str, Any]) -> str:
         )
     return (
         "off: every cell of the same network runs, nothing halts. on: the packed form, in which "
-        "the rows of active cells exist and nothing else. Halting saves nothing in the stem, except "
-        "in the engine's with the sequential accumulator. engine: the whole model, frozen (atsnn.freeze); "
-        "native: the modules, on C++ kernels."
+        "the rows of active cells exist and nothing else. Halting saves nothing in the stem, "
+        "except in the engine's with the sequential accumulator. engine: the whole model, frozen "
+        "(atsnn.freeze); native: the modules, on C++ kernels."
     )
 
 
